@@ -1,0 +1,110 @@
+"""Where tokens stand, and which earlier tokens each may look at.
+
+The model is the same everywhere; only attention knows whether its N tokens are a *ribbon*
+(documents laid end to end, for training and for reading prompts) or the next tokens of
+several replies that look back into a *key/value cache*. Both answer two questions:
+
+    positions            (N,)  the place of each token in its own document, from 0
+    attend(layer, q, k, v)     q (N, H, D), k and v (N, K, D) -> (N, H, D)
+
+Shapes: N tokens, H query heads, K key/value heads (H is a multiple of K), D head size,
+B sequences, T cached positions.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# On a CPU the bfloat16 backward of SDPA is slow on short documents (4 x at 55 tokens, even
+# at 440), so those are attended to in float32, which is only more exact.
+SHORT_DOCUMENT = 400
+
+
+class Ribbon:
+    """Documents of `lengths` tokens laid end to end, without padding between them.
+
+    >>> Ribbon([3, 2]).positions
+    tensor([0, 1, 2, 0, 1])
+    """
+
+    def __init__(self, lengths, device="cpu"):
+        self.lengths = lengths
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
+
+    def attend(self, layer, q, k, v):
+        """Causal attention inside each document; never across a seam."""
+        documents = zip(*(x.split(self.lengths) for x in (q, k, v)))  # each (n, heads, D)
+        return torch.cat([_attend_document(*document) for document in documents])  # (N, H, D)
+
+
+def _attend_document(q, k, v):
+    dtype = q.dtype
+    if q.device.type == "cpu" and len(q) < SHORT_DOCUMENT:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, n, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.squeeze(0).transpose(0, 1).to(dtype)  # (n, H, D)
+
+
+class KVCache:
+    """The keys and values of B sequences, so that a new token costs one token's work.
+
+    First the prompts are read as a ribbon: `model(tokens, cache.prefill(lengths))`. Then each
+    call of `model(tokens (B,), cache.step())` adds one token to every sequence.
+    """
+
+    def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity,
+                 config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+
+    def prefill(self, lengths):
+        """The ribbon of the B prompts, which writes into this cache as it attends."""
+        self.filled = torch.tensor(lengths, device=self.keys.device)
+        return _Prefill(self, lengths)
+
+    def repeat(self, times):
+        """Let every sequence stand `times` times, for several samples of one prompt."""
+        self.keys = self.keys.repeat_interleave(times, dim=1)
+        self.values = self.values.repeat_interleave(times, dim=1)
+        self.filled = self.filled.repeat_interleave(times)
+
+    def step(self):
+        """Where the next token of every sequence stands."""
+        step = _Step(self, self.filled)
+        self.filled = self.filled + 1
+        return step
+
+
+class _Prefill(Ribbon):
+    def __init__(self, cache, lengths):
+        super().__init__(lengths, cache.keys.device)
+        self.cache = cache
+
+    def attend(self, layer, q, k, v):
+        for row, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
+            self.cache.keys[layer, row, :, :len(keys)] = keys.transpose(0, 1)
+            self.cache.values[layer, row, :, :len(keys)] = values.transpose(0, 1)
+        return super().attend(layer, q, k, v)
+
+
+class _Step:
+    def __init__(self, cache, positions):
+        self.cache, self.positions = cache, positions  # positions (B,): N = B here
+        self.longest = int(positions.max()) + 1
+        places = torch.arange(self.longest, device=positions.device)
+        self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
+        self.rows = torch.arange(len(positions), device=positions.device)
+
+    def attend(self, layer, q, k, v):
+        """Each new token looks at its own sequence's past and at itself."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
+        keys[self.rows, :, self.positions] = k.to(keys.dtype)
+        values[self.rows, :, self.positions] = v.to(values.dtype)
+        y = F.scaled_dot_product_attention(
+            q.unsqueeze(2).to(keys.dtype),  # (B, H, 1, D)
+            keys[:, :, :self.longest], values[:, :, :self.longest],
+            attn_mask=self.visible, enable_gqa=True)
+        return y.squeeze(2).to(q.dtype)  # (B, H, D)

@@ -1,0 +1,177 @@
+"""A run's folder: what was trained how, its metrics, its best model, and the way back in.
+
+    out/littleparrot/   model.safetensors, config.json, ...   the best model so far
+                        run.json        settings, versions, hashes, where things came from
+                        metrics.jsonl   a line for each step and each evaluation
+                        checkpoint/     step-000050/: all that --resume needs
+
+A checkpoint is written under another name, flushed and renamed, and only then is the old
+one deleted: after a crash at any moment, the old or the new one is there, whole.
+"""
+
+import json
+import platform
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import safetensors
+import tokenizers
+import torch
+from safetensors.torch import save_file
+
+from parrot.config import TrainConfig
+from parrot.console import UserError, say
+from parrot.files import flush, read_json, replace_file, sha256_of, write_json
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step` steps are done; the evaluation at `step` may still be due."""
+    step: int = 0
+    tokens: int = 0  # tokens of all examples seen so far
+    seconds: float = 0.0  # spent training and evaluating, over all sessions
+    best_loss: float | None = None  # lowest held-out loss of a trained model
+    first_loss: float | None = None  # held-out loss before the first step
+
+
+def describe(config, weights, data, more):
+    """What run.json says of a run: enough to repeat it, and to notice that it is another one."""
+    tensor_files = sorted(weights.path.glob("*.safetensors"))
+    return {
+        "config": asdict(config),
+        "weights": {**weights.origin, "files": {f.name: sha256_of(f) for f in tensor_files}},
+        "data": {**data.origin, "file": data.path.name, "sha256": sha256_of(data.path)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
+        "machine": f"{platform.system()} {platform.machine()}",
+        **more, "finished": False}
+
+
+class RunFolder:
+    """The files of one run in `path`."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoint"
+
+    def begin(self, resume):
+        """Refuse to write over another run; called before anything slow."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file")
+        about = read_json(self.path / "run.json") if (self.path / "run.json").is_file() else None
+        if resume:
+            if about and about["finished"]:
+                raise UserError(f"the run in {self.path} is finished: there is nothing to resume")
+        elif about:
+            state = "a finished run" if about["finished"] else "an unfinished run (--resume goes on)"
+            raise UserError(f"{self.path} holds {state}. Choose another --out, or delete that folder.")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and not a run's folder. Choose another --out.")
+
+    def open(self, about, resume):
+        """Write run.json, or check on resume that nothing that matters is different."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if resume and (self.path / "run.json").is_file():
+                check_same(read_json(self.path / "run.json"), about)
+            write_json(self.path / "run.json", about)
+            self.checkpoints.mkdir(exist_ok=True)
+            self.metrics.touch()
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from None
+        self.about = about
+
+    def log(self, **values):
+        """Add a line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def rewind_metrics(self, step):
+        """Drop the lines that a resumed run will write again: all after `step` steps.
+
+        An evaluation at `step` itself comes after the checkpoint of that step.
+        """
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue  # the line that the crash cut off
+            if values["step"] < step or (values["step"] == step and "train_loss" in values):
+                kept.append(line + "\n")
+        replace_file(self.metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    def finish(self, **results):
+        """Mark the run as finished and drop the checkpoint, which nobody needs any more."""
+        write_json(self.path / "run.json", {**self.about, **results, "finished": True})
+        shutil.rmtree(self.checkpoints)
+
+    # ---- checkpoints
+
+    def _saved(self):
+        """The complete checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step-*[0-9]"))
+
+    def save(self, model, optimizer, progress):
+        """Keep all that a resumed run needs: the weights, AdamW's two moments, the progress.
+
+        The order of the examples is a function of seed and step, and nothing else is random.
+        """
+        final = self.checkpoints / f"step-{progress.step:06d}"
+        if final.is_dir():  # stopped again before another step was done: it is all there
+            return
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            tensors[f"weight.{name}"] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        temporary = self.checkpoints / "unfinished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(tensors, temporary / "tensors.safetensors")
+        write_json(temporary / "progress.json", asdict(progress))
+        flush(temporary / "tensors.safetensors")
+        flush(temporary)
+        temporary.rename(final)
+        flush(self.checkpoints)
+        for old in self._saved():
+            if old != final:
+                shutil.rmtree(old)
+
+    def restore(self, model, optimizer):
+        """Load the newest checkpoint into model and optimizer; Progress() where there is none."""
+        if not self._saved():
+            say(f"{self.checkpoints} holds no checkpoint yet: starting from the beginning")
+            progress = Progress()
+        else:
+            newest = self._saved()[-1]
+            progress = Progress(**read_json(newest / "progress.json"))
+            path = newest / "tensors.safetensors"
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    for name, parameter in model.named_parameters():
+                        parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                        optimizer.state[parameter] = {
+                            "step": torch.tensor(float(progress.step), device=parameter.device),
+                            **{moment: file.get_tensor(f"{moment}.{name}").to(parameter.device)
+                               for moment in ("exp_avg", "exp_avg_sq")}}
+            except (OSError, safetensors.SafetensorError) as error:
+                raise UserError(f"{path} cannot be used: {error}") from None
+        self.rewind_metrics(progress.step)
+        return progress
+
+
+def check_same(before, now):
+    """UserError naming the first thing that a resumed run must not change but does."""
+    pairs = [("the data's sha256", before["data"]["sha256"], now["data"]["sha256"]),
+             ("the weights' sha256", before["weights"]["files"], now["weights"]["files"])]
+    for each in fields(TrainConfig):
+        if not each.metadata["may_change"] and each.name not in ("weights", "data"):
+            flag = "--" + each.name.replace("_", "-")
+            pairs.append((flag, before["config"].get(each.name), now["config"][each.name]))
+    for what, old, new in pairs:
+        if old != new:
+            raise UserError(f"--resume: {what} was {old} and is now {new}. Resume with the same "
+                            "settings and files, or start anew with another --out.")

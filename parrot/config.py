@@ -1,0 +1,167 @@
+"""Every setting in one place: a dataclass field is the option, its default and its help.
+
+The command line is derived from the fields: `learning_rate: float = option(3e-4, "...")`
+becomes `--learning-rate`, and a value out of its bounds is refused before anything loads.
+"""
+
+import argparse
+import math
+import typing
+from dataclasses import dataclass, field, fields
+
+
+def option(default, help, *, above=None, at_least=None, at_most=None, choices=None,
+           may_change=False):
+    """A dataclass field that is also a command-line option.
+
+    `may_change` marks what a resumed run may set differently, because it cannot change
+    the result beyond rounding.
+    """
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "may_change": may_change,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None}})
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("bfloat16", "float32")
+WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
+
+
+@dataclass
+class TrainConfig:
+    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: --weights instruct-q4 --data "
+                              "quickstart --out out/quickstart --batch-size 16 --val-fraction 0.1")
+    weights: str = option("base", f"what to start from: {WEIGHTS}")
+    data: str = option("dolly", "what to train on: dolly | quickstart | a .jsonl, .json or "
+                       ".parquet file | a Hub dataset id")
+    out: str = option("out/littleparrot", "the run's folder", may_change=True)
+    epochs: int = option(3, "times that every example is seen", at_least=1)
+    max_steps: int | None = option(None, "stop after so many optimizer steps (and plan the "
+                                   "learning rate for them)", at_least=1)
+    batch_size: int = option(64, "examples in one optimizer step", at_least=1)
+    micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
+                                          "fit --micro-batch-tokens", at_least=1, may_change=True)
+    micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 4096 on "
+                                            "CPU and MPS, 16384 on CUDA", at_least=1, may_change=True)
+    max_length: int = option(2048, "longest example in tokens", at_least=8)
+    learning_rate: float = option(3e-4, "peak learning rate", above=0)
+    min_learning_rate: float | None = option(None, "where the cosine ends; default: a tenth of "
+                                             "the peak", at_least=0)
+    warmup_ratio: float = option(0.1, "share of the steps that warm up", at_least=0, at_most=1)
+    weight_decay: float = option(0.01, "AdamW's decay, on matrices only", at_least=0)
+    beta1: float = option(0.9, "AdamW's beta1", at_least=0, at_most=0.9999)
+    beta2: float = option(0.95, "AdamW's beta2", at_least=0, at_most=0.99999)
+    grad_clip: float = option(1.0, "longest gradient; 0: no clipping", at_least=0)
+    seed: int = option(0, "order of the examples", at_least=0)
+    device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
+    dtype: str = option("bfloat16", "type of the matrix products (autocast) and of the saved "
+                        "model; the weights that are trained are float32", choices=DTYPES)
+    eval_every: int = option(50, "steps between two held-out losses", at_least=1)
+    save_every: int = option(50, "steps between two checkpoints", at_least=1, may_change=True)
+    val_fraction: float = option(0.02, "share of the examples held out; 0: none, and the last "
+                                 "model is kept", at_least=0, at_most=0.9)
+    resume: bool = option(False, "go on with the unfinished run in --out", may_change=True)
+    skip_bad_records: bool = option(False, "leave out records that cannot be read, and say so")
+
+    def __post_init__(self):
+        if self.min_learning_rate is None:
+            self.min_learning_rate = self.learning_rate / 10
+
+    def contradiction(self):
+        """What in these settings does not fit together, or None."""
+        if (self.micro_batch_size or 1) > self.batch_size:
+            return (f"--micro-batch-size {self.micro_batch_size} is larger than "
+                    f"--batch-size {self.batch_size}")
+        if self.min_learning_rate > self.learning_rate:
+            return (f"--min-learning-rate {self.min_learning_rate:g} is above "
+                    f"--learning-rate {self.learning_rate:g}")
+        return None
+
+
+# 16 examples a step: with the few examples of the quick start, 64 would leave too few steps.
+QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
+              "batch_size": 16, "val_fraction": 0.1}
+
+
+@dataclass
+class SampleConfig:
+    model: str | None = option(None, f"{WEIGHTS}; default: the newest of out/littleparrot and "
+                               "out/quickstart")
+    prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
+    format: str = option("auto", "chat: in the model's chat template; plain: go on with the text; "
+                         "auto: chat where the folder has a template", choices=("auto", "chat", "plain"))
+    compare: list[str] | None = option(None, "the same prompt to several models, side by side")
+    temperature: float = option(0.7, "below 1: surer, above: more varied; 0: always the "
+                                "likeliest token (greedy)", at_least=0)
+    top_p: float = option(0.9, "sample from the likeliest tokens that hold this much of the "
+                          "probability", above=0, at_most=1)
+    max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
+    num_samples: int = option(1, "replies to the prompt", at_least=1)
+    seed: int | None = option(None, "the same seed gives the same reply", at_least=0)
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
+
+    def contradiction(self):
+        """What in these settings does not fit together, or None."""
+        if self.compare and self.model:
+            return "--model and --compare: name all models after --compare"
+        if self.prompt is None and (self.compare or self.num_samples > 1):
+            return "--compare and --num-samples need a --prompt"
+        if self.prompt is not None and not self.prompt.strip():
+            return "--prompt is empty"
+        return None
+
+
+def parse(config_class, argv, description, presets=None):
+    """Build `config_class` from a command line. A wrong one ends the process with status 2.
+
+    presets: {"quickstart": {field: default}}: a flag that sets other defaults, which
+    options beside it still override.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    types = typing.get_type_hints(config_class)
+    for each in fields(config_class):
+        _add_argument(parser, each, types[each.name])
+    args = parser.parse_args(argv)
+    for flag, defaults in (presets or {}).items():
+        if getattr(args, flag):
+            parser.set_defaults(**defaults)
+            args = parser.parse_args(argv)
+    config = config_class(**vars(args))
+    if config.contradiction():
+        parser.error(config.contradiction())
+    return config
+
+
+def _add_argument(parser, each, kind):
+    flag = "--" + each.name.replace("_", "-")
+    shown = "" if each.default in (None, False) else f" (default {each.default})"
+    help = each.metadata["help"].replace("%", "%%") + shown
+    if kind is bool:
+        parser.add_argument(flag, action="store_true", help=help)
+        return
+    inner = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
+    if typing.get_origin(inner[0]) is list:
+        parser.add_argument(flag, nargs="+", metavar="NAME", default=each.default, help=help)
+        return
+    choices = each.metadata["choices"]
+    parser.add_argument(flag, type=_bounded(inner[0], each.metadata["bounds"]), choices=choices,
+                        metavar=None if choices else inner[0].__name__.upper(),
+                        default=each.default, help=help)
+
+
+def _bounded(kind, bounds):
+    """A converter for argparse that refuses what is out of bounds, NaN and infinity included."""
+    def convert(text):
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        for name, bound in bounds.items():
+            fits = {"above": value > bound,
+                    "at_least": value >= bound, "at_most": value <= bound}[name]
+            if not fits:
+                raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {bound}")
+        return value
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert

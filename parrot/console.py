@@ -1,0 +1,74 @@
+"""How the programs talk to people: errors in one line, exit statuses, safe text.
+
+A `UserError` is for what its reader can mend: what was wrong, where, and what to do.
+Anything else that goes wrong is our own fault and keeps its traceback.
+"""
+
+import signal
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the whole message."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run in good order; `status` is what the process exits with."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
+def say(*lines):
+    """Print to stderr: stdout belongs to the model's replies."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Run `main()` and leave with its exit status: 0; 1 UserError; 130 Ctrl-C, as shells have it."""
+    try:
+        main()
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except Interrupted as interruption:
+        say(str(interruption))
+        sys.exit(interruption.status)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+
+
+class StopSignal:
+    """Notes Ctrl-C or SIGTERM instead of dying of it; a second one ends the process at once.
+
+    `status` is None until then, and afterwards what the process should exit with.
+    """
+
+    def __enter__(self):
+        self.status = None
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.status is not None:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+        say("\nstopping after this step (once more: at once, without saving)")
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def printable(text):
+    r"""Show control characters instead of sending them to the terminal, which would obey them.
+
+    >>> printable("a\tb\n\x1b[31mred")
+    'a\tb\n\\x1b[31mred'
+    """
+    def is_shown(char):
+        return char.isprintable() or char in "\n\t " or ord(char) > 0x9f
+    return "".join(c if is_shown(c) else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,78 @@
+"""From logits to words: temperature, top-p, and the loop that writes token after token."""
+
+import torch
+
+from parrot.attention import KVCache
+from parrot.console import UserError
+
+
+def nucleus(logits, temperature, top_p):
+    """logits (B, V) -> probabilities (B, V), zero outside the nucleus (arXiv:1904.09751).
+
+    The nucleus is the smallest set of likeliest tokens that holds at least `top_p` of the
+    probability, so the token that crosses the threshold is in it. Among equals, the lower
+    id comes first.
+
+    >>> nucleus(torch.tensor([[0.5, 0.3, 0.2]]).log(), temperature=1.0, top_p=0.6)
+    tensor([[0.6250, 0.3750, 0.0000]])
+    """
+    logits = logits.float()
+    # Subtracting the largest first keeps tiny temperatures from overflowing.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p >= 1:  # everything: not even rounding may drop a token
+        return probabilities
+    ordered, tokens = probabilities.sort(-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+    ordered = ordered.masked_fill(before >= top_p, 0.0)
+    kept = torch.zeros_like(probabilities).scatter(-1, tokens, ordered)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def choose(logits, temperature, top_p, generator=None):
+    """logits (B, V) -> the next token of every sequence (B,). Temperature 0: the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = nucleus(logits, temperature, top_p)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, generator=None,
+             samples_each=1):
+    """Write replies to several prompts at once, a token each at a time.
+
+    prompts: lists of ids; stop: the ids that end a reply.
+    Yields, step by step, a list with one id for each reply, None for those that have ended
+    (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or at
+    the end of the model's context.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    lengths = [len(prompt) for prompt in prompts]
+    room = check_room(lengths, model.config, max_new_tokens)
+    cache = KVCache(model.config, len(prompts), max(lengths) + room, dtype, device)
+    stop = torch.tensor(sorted(stop), device=device)
+
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
+    hidden_states = model(tokens, cache.prefill(lengths))  # (N, C)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    hidden_states = hidden_states[last].repeat_interleave(samples_each, dim=0)  # (B, C)
+    cache.repeat(samples_each)
+
+    going_on = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
+    for written in range(room):
+        if written:
+            hidden_states = model(tokens, cache.step())  # (B, C)
+        tokens = choose(model.logits(hidden_states), temperature, top_p, generator)  # (B,)
+        going_on &= ~torch.isin(tokens, stop)
+        if not going_on.any():
+            return
+        yield [token if alive else None for token, alive in zip(tokens.tolist(), going_on.tolist())]
+
+
+def check_room(lengths, config, max_new_tokens):
+    """How many tokens can follow the longest prompt: `max_new_tokens`, or the context's rest."""
+    left = config.max_position_embeddings - max(lengths)
+    if left < 1:
+        raise UserError(f"the prompt has {max(lengths)} tokens; the model's context holds "
+                        f"{config.max_position_embeddings}, reply included. Shorten the prompt.")
+    return min(left, max_new_tokens)

@@ -1,0 +1,160 @@
+"""Ask a model: one prompt, a chat in the terminal, or several models side by side.
+
+    python sample.py --prompt "Who are you?"
+    python sample.py                                            a chat
+    python sample.py --compare instruct-q4 out/quickstart --prompt "Who are you?"
+
+The reply goes to stdout and nothing else does.
+"""
+
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from parrot import hub, weights
+from parrot.chat import default_system, encode_prompt
+from parrot.config import SampleConfig, parse
+from parrot.console import UserError, printable, run, say
+from parrot.device import pick_device
+from parrot.model import Llama
+from parrot.sampling import check_room, generate
+from parrot.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass
+class Speaker:
+    """A model with all that it takes to talk to it."""
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    stop: set
+    chats: bool  # or just goes on with the text
+    system: str | None  # the system turn that its template puts in by itself
+
+
+def main():
+    config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
+    names = config.compare or [config.model or newest_run()]
+    if config.prompt is None:
+        chat(load_speaker(names[0], config), config)
+    elif config.compare:
+        columns = []
+        for name in names:
+            speaker = load_speaker(name, config)
+            columns.append([name, "", *numbered(reply_texts(speaker, config.prompt, config))])
+        print(side_by_side(columns, shutil.get_terminal_size().columns))
+    elif config.num_samples > 1:
+        speaker = load_speaker(names[0], config)
+        print("\n\n".join(numbered(reply_texts(speaker, config.prompt, config))))
+    else:
+        speaker = load_speaker(names[0], config)
+        stream(speaker, prompt_tokens(speaker, [{"role": "user", "content": config.prompt}]), config)
+
+
+def newest_run():
+    """The folder that was trained last, of the two that train.py writes by default."""
+    runs = [Path(p) for p in ("out/littleparrot", "out/quickstart") if Path(p, "model.safetensors").is_file()]
+    if not runs:
+        raise UserError("nothing has been trained yet. Run: python train.py --quickstart   "
+                        "(or name a model: --model instruct-q4)")
+    return str(max(runs, key=lambda path: (path / "model.safetensors").stat().st_mtime))
+
+
+def load_speaker(name, config):
+    """Load the model `name` in the format that was asked for."""
+    folder = hub.find_weights(name).path
+    model, tokenizer = weights.load(folder, getattr(torch, config.dtype), pick_device(config.device))
+    chats = config.format == "chat" or (config.format == "auto" and tokenizer.chat_template is not None)
+    system = default_system(tokenizer.chat_template) if chats and tokenizer.chat_template else None
+    return Speaker(name, model, tokenizer, weights.stop_tokens(folder, tokenizer), chats, system)
+
+
+def prompt_tokens(speaker, messages):
+    """The tokens that the reply follows: the template around all turns, or the bare text."""
+    if speaker.chats:
+        return encode_prompt(messages, speaker.tokenizer, speaker.system)
+    return speaker.tokenizer.encode(messages[-1]["content"])
+
+
+def replies(speaker, prompt, config, samples=1):
+    """Step by step, the next token of each of `samples` replies (see sampling.generate)."""
+    generator = torch.Generator(speaker.model.lm_head.weight.device)
+    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
+    return generate(speaker.model, [prompt], speaker.stop, max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature, top_p=config.top_p, generator=generator,
+                    samples_each=samples)
+
+
+def stream(speaker, prompt, config):
+    """Print one reply as it is written; returns its text."""
+    decoder, pieces, written = StreamDecoder(speaker.tokenizer), [], 0
+    for token, in replies(speaker, prompt, config):
+        pieces.append(decoder.step(token))
+        print(printable(pieces[-1]), end="", flush=True)
+        written += 1
+    pieces.append(decoder.finish())
+    print(printable(pieces[-1]), flush=True)
+    tell_if_cut(speaker, [len(prompt)], [written], config)
+    return "".join(pieces)
+
+
+def reply_texts(speaker, text, config):
+    """The texts of --num-samples replies to `text`, written together."""
+    prompt = prompt_tokens(speaker, [{"role": "user", "content": text}])
+    tokens = [[] for _ in range(config.num_samples)]
+    for step in replies(speaker, prompt, config, config.num_samples):
+        for reply, token in zip(tokens, step):
+            if token is not None:
+                reply.append(token)
+    tell_if_cut(speaker, [len(prompt)], [len(reply) for reply in tokens], config)
+    return [printable(speaker.tokenizer.decode(reply)) for reply in tokens]
+
+
+def tell_if_cut(speaker, prompt_lengths, written, config):
+    """A word on stderr where a reply did not end by itself."""
+    room = check_room(prompt_lengths, speaker.model.config, config.max_new_tokens)
+    if max(written) == room:
+        why = (f"--max-new-tokens {config.max_new_tokens}" if room == config.max_new_tokens else
+               f"the end of the model's context ({speaker.model.config.max_position_embeddings} tokens)")
+        say(f"[{speaker.name}: cut at {why}]")
+
+
+def chat(speaker, config):
+    """A conversation that remembers its turns, until an empty line, Ctrl-D or Ctrl-C."""
+    if not speaker.chats:
+        raise UserError(f"{speaker.name} cannot chat: it has no chat template. Give a --prompt to go on with.")
+    say(f"Chatting with {speaker.name}. An empty line ends the chat.")
+    messages = []
+    while True:
+        print("you> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            say("")
+            return
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": stream(speaker, prompt_tokens(speaker, messages), config)})
+
+
+def numbered(texts):
+    """Give several texts numbers; leave a single one as it is."""
+    return texts if len(texts) == 1 else [f"[{i}] {text}" for i, text in enumerate(texts, 1)]
+
+
+def side_by_side(columns, width):
+    """Lists of texts -> one text with a column for each list, or below each other if too narrow."""
+    each = width // len(columns) - 2
+    if each < 24:
+        return "\n\n".join("\n".join(column) for column in columns)
+    wrapped = [[line for text in column for part in text.split("\n")
+                for line in textwrap.wrap(part, each) or [""]] for column in columns]
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join("  ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    run(main)
