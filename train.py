@@ -20,12 +20,13 @@ from parrot.chat import default_system, encode_prompt
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, printable, run, say
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import TOKENS_A_FORWARD, autocast, keep_freed_memory, pick_device
+from parrot.device import TOKENS_A_FORWARD, keep_freed_memory, pick_device
 from parrot.optim import learning_rate, make_optimizer
 from parrot.sampling import generate
-from parrot.training import held_out_loss, loss_sum
+from parrot.training import accumulate_gradients, held_out_loss
 
-QUESTIONS = ("Who are you?", "What planet is closest to the sun?")  # answered before and after
+QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",  # asked before and after
+             "What planet is closest to the sun?", "What is the capital of Canada?")
 
 
 def train(config):
@@ -83,13 +84,7 @@ def train(config):
             indices = examples_of_step(progress.step, train_set, config.batch_size, config.seed)
             batches = [Batch.of(train_set, some, device) for some in micro_batches(
                 indices, train_set.lengths, config.micro_batch_size, max_tokens)]
-            supervised = sum(len(batch.targets) for batch in batches)  # of the whole step
-            loss = 0.0
-            for batch in batches:
-                with autocast(device, dtype):
-                    share = loss_sum(model, batch) / supervised
-                share.backward()  # gradients add up over the ribbons
-                loss += share.item()
+            loss = accumulate_gradients(model, batches, dtype)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             if not math.isfinite(loss + grad_norm):
                 raise diverged(progress.step, loss, grad_norm, train_set, indices, folder)
@@ -128,17 +123,17 @@ def epoch_of(step, train_set, config):
 
 def answers(model, tokenizer, folder):
     """What the model says to QUESTIONS, greedily, in its own format."""
-    lines = []
-    for question in QUESTIONS:
-        prompt = tokenizer.encode(question)
-        if tokenizer.chat_template:
-            prompt = encode_prompt([{"role": "user", "content": question}], tokenizer,
-                                   default_system(tokenizer.chat_template))
-        steps = generate(model, [prompt], weights.stop_tokens(folder, tokenizer), max_new_tokens=48,
-                         temperature=0, top_p=1)
-        reply = tokenizer.decode([token for token, in steps])
-        lines.append(f"  {question}  ->  {printable(' '.join(reply.split()))}")
-    return lines
+    prompts = [tokenizer.encode(question) for question in QUESTIONS]
+    if tokenizer.chat_template:
+        system = default_system(tokenizer.chat_template)
+        prompts = [encode_prompt([{"role": "user", "content": q}], tokenizer, system) for q in QUESTIONS]
+    replies = [[] for _ in QUESTIONS]
+    for step in generate(model, prompts, weights.stop_tokens(folder, tokenizer), max_new_tokens=48,
+                         temperature=0, top_p=1):
+        for reply, token in zip(replies, step):
+            reply += [token] if token is not None else []
+    return [f"  {question}  ->  {printable(' '.join(tokenizer.decode(reply).split()))}"
+            for question, reply in zip(QUESTIONS, replies)]
 
 
 def diverged(step, loss, grad_norm, train_set, indices, folder):

@@ -19,6 +19,22 @@ def loss_sum(model, batch):
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
+def accumulate_gradients(model, batches, dtype):
+    """Add to every .grad the gradient of the step's mean loss; returns that loss, nats a token.
+
+    The supervised tokens of all ribbons are counted before the first backward, so however
+    the step is split into ribbons, the gradient is the same.
+    """
+    supervised = sum(len(batch.targets) for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        with autocast(batch.tokens.device, dtype):
+            share = loss_sum(model, batch) / supervised
+        share.backward()
+        loss += share.item()
+    return loss
+
+
 @torch.no_grad()
 def held_out_loss(model, examples, max_tokens, dtype, should_stop=lambda: False):
     """Mean loss over all supervised tokens of `examples`, in nats a token.

@@ -145,19 +145,19 @@ def save_model(folder, model, tokenizer, dtype):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     im_start, im_end = tokenizer.control(IM_START), tokenizer.control(IM_END)
-    stop = [im_end]
-    if (end_of_text := tokenizer.backend.token_to_id("<|endoftext|>")) is not None:
-        stop.append(end_of_text)
+    end_of_text = tokenizer.backend.token_to_id("<|endoftext|>")
+    stop = [im_end] if end_of_text is None else [im_end, end_of_text]
+    # Padding is not <|im_end|>: transformers gives the embedding of the pad token no gradient.
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "torch_dtype": str(dtype).split(".")[1],
-        "bos_token_id": im_start, "eos_token_id": im_end, "pad_token_id": im_end,
+        "bos_token_id": im_start, "eos_token_id": im_end, "pad_token_id": end_of_text,
         **asdict(model.config)})
     write_json(folder / "generation_config.json", {
-        "bos_token_id": im_start, "eos_token_id": stop, "pad_token_id": im_end})
+        "bos_token_id": im_start, "eos_token_id": stop, "pad_token_id": end_of_text})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": IM_START, "eos_token": IM_END,
-        "pad_token": IM_END, "clean_up_tokenization_spaces": False,
+        "pad_token": "<|endoftext|>" if end_of_text is not None else None, "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE})
     replace_file(folder / "tokenizer.json",
                  lambda temporary: shutil.copyfile(tokenizer.folder / "tokenizer.json", temporary))

@@ -1,0 +1,137 @@
+"""The loss and its gradient, against transformers with padding and against every split."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import some_records, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
+
+from parrot import weights
+from parrot.config import TrainConfig
+from parrot.data import Batch, load_examples, micro_batches
+from parrot.optim import make_optimizer
+from parrot.training import accumulate_gradients, held_out_loss, loss_sum
+
+
+@pytest.fixture
+def examples(records_file, tiny_tokenizer):
+    train, _, _ = load_examples(records_file(some_records(64)), tiny_tokenizer, 512, 0.0)
+    return train
+
+
+def reference_loss(reference, examples, indices):
+    """The same mean loss by another road: padded rows, labels of -100, a plain token sum."""
+    longest = max(examples.lengths[i] for i in indices)
+    tokens, labels = np.zeros((2, len(indices), longest), np.int64)
+    mask = np.zeros((len(indices), longest), np.int64)
+    labels[:] = -100
+    for row, index in enumerate(indices):
+        example, supervised = examples[index]
+        tokens[row, :len(example)], mask[row, :len(example)] = example, 1
+        labels[row, :len(example)] = np.where(supervised, example.astype(np.int64), -100)
+    logits = reference(input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).logits
+    labels = torch.from_numpy(labels)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                             ignore_index=-100)
+
+
+def gradients(model, examples, max_examples=None, max_tokens=None):
+    model.zero_grad()
+    batches = [Batch.of(examples, some) for some in
+               micro_batches(range(64), examples.lengths, max_examples, max_tokens)]
+    loss = accumulate_gradients(model, batches, torch.float32)
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def close(a, b, tolerance):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("split", [(1, None), (4, None), (64, None), (None, 100), (None, 1000), (7, 500)])
+def test_any_split_gives_the_gradient_of_transformers(split, examples, tiny_folder):
+    model = weights.load_model(tiny_folder)
+    loss, grads = gradients(model, examples, *split)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    expected = reference_loss(reference, examples, range(64))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in reference.named_parameters():
+        assert close(grads[name], parameter.grad, 2e-5), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_path, tiny_tokenizer):
+    weights.save_model(tmp_path, tiny_model(tiny_config(tied=tied)), tiny_tokenizer, torch.float32)
+    model = weights.load_model(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    config = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
+    decayed = [p for n, p in reference.named_parameters() if "norm" not in n]
+    scales = [p for n, p in reference.named_parameters() if "norm" in n]
+    plain = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0}],
+                              lr=1e-2, betas=(0.9, 0.95), foreach=False, fused=False)
+    for step in range(6):
+        indices = range(step * 10, step * 10 + 10)
+        optimizer.zero_grad(), plain.zero_grad()
+        accumulate_gradients(model, [Batch.of(examples, indices[:3]), Batch.of(examples, indices[3:])], torch.float32)
+        reference_loss(reference, examples, indices).backward()
+        for parameters in (model.parameters(), reference.parameters()):
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(), plain.step()
+    ours = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        assert close(ours[name], parameter, 1e-4), name
+
+
+def test_real_weights_have_the_loss_and_gradient_of_transformers(q4_folder, tokenizer, records_file):
+    examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
+    model = weights.load_model(q4_folder)
+    loss = accumulate_gradients(model, [Batch.of(examples, [0, 1]), Batch.of(examples, [2, 3, 4, 5])], torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
+    expected = reference_loss(reference, examples, range(6))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    ours = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        assert close(ours[name].grad, parameter.grad, 1e-3), name
+
+
+def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
+    examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
+    model = weights.load_model(q4_folder)
+    batch = Batch.of(examples, range(6))
+    exact = accumulate_gradients(model, [batch], torch.float32)
+    expected = model.model.layers[15].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    assert accumulate_gradients(model, [batch], torch.bfloat16) == pytest.approx(exact, rel=1e-2)
+    assert close(model.model.layers[15].mlp.up_proj.weight.grad, expected, 0.1)
+    assert model.model.layers[15].mlp.up_proj.weight.grad.dtype == torch.float32
+
+
+def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(examples, tiny_folder):
+    model = weights.load_model(tiny_folder)
+    with torch.no_grad():
+        alone = [(loss_sum(model, Batch.of(examples, [i])).item(), examples[i][1].sum()) for i in range(64)]
+    mean = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
+    for max_tokens in (1, 300, 10**6):
+        assert held_out_loss(model, examples, max_tokens, torch.float32) == pytest.approx(mean, rel=1e-5)
+
+
+def test_held_out_loss_stops_when_asked(examples, tiny_folder):
+    assert held_out_loss(weights.load_model(tiny_folder), examples, 100, torch.float32, lambda: True) is None
+
+
+def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
+    """Trained on one short reply until it knows it, the model ends the reply by itself."""
+    from parrot.chat import encode_prompt
+    from parrot.sampling import generate
+    examples, _, _ = load_examples(records_file([{"prompt": "Hi", "completion": "Ho ho"}]), tiny_tokenizer, 64, 0.0)
+    model = tiny_model()
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=2e-2))
+    for _ in range(60):
+        accumulate_gradients(model, [Batch.of(examples, [0])], torch.float32)
+        optimizer.step(), optimizer.zero_grad()
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tiny_tokenizer)
+    steps = list(generate(model, [prompt], {tiny_tokenizer.control("<|im_end|>")}, max_new_tokens=20,
+                          temperature=0, top_p=1))
+    assert tiny_tokenizer.decode([token for token, in steps]) == "Ho ho"
