@@ -169,13 +169,13 @@ def coloured(tokens, supervised, tokenizer, colour=True):
 
 def main():
     """python -m parrot.chat FILE [MODEL]: the first records of FILE as the model sees them."""
-    from parrot import data, hub  # they build on this module; only this view needs them
+    from parrot import hub, records  # they build on this module; only this view needs them
     from parrot.tokenizer import Tokenizer
     if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         say(f"usage: {main.__doc__.split(':')[0]}   (MODEL: whose tokenizer, default instruct-q4)")
         sys.exit(2)
     tokenizer = Tokenizer(hub.find_weights((sys.argv[2:] or ["instruct-q4"])[0]).path)
-    conversations = data.read_conversations(hub.find_data(sys.argv[1]).path)
+    conversations = records.read_conversations(hub.find_data(sys.argv[1]).path)
     for conversation in islice(conversations, 5):
         tokens, supervised = encode_chat(conversation.messages, tokenizer)
         say(f"--- {conversation.source}: {len(tokens)} tokens, {sum(supervised)} supervised")

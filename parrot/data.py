@@ -1,159 +1,22 @@
-"""Records -> conversations -> examples -> ribbons.
+"""Conversations -> examples -> ribbons.
 
-A *record* is what a file holds, in one of four shapes that its keys tell apart. It becomes a
-*conversation* (messages), then an *example* (tokens and supervised flags), kept in flat
-arrays. A *ribbon* is a micro-batch: examples laid end to end, no padding, with the rows
-that are supervised. Every choice here is a pure function of the records and the seed.
+A *conversation* (records.py) becomes an *example*: tokens and supervised flags, kept in flat
+arrays. A *ribbon* is a micro-batch: examples laid end to end, no padding, with the rows that
+are supervised. Every choice here is a pure function of the records and the seed.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from parrot.attention import Ribbon
-from parrot.chat import ROLES, encode_pieces, fit, pieces_of, text_of
+from parrot.chat import encode_pieces, fit, pieces_of, text_of
 from parrot.console import UserError
-
-SHAPES = ("instruction and response (Dolly; context may be added), messages, prompt and "
-          "completion, or instruction and output (Alpaca; input may be added)")
-
-
-@dataclass
-class Conversation:
-    """messages: [{"role", "content", perhaps "context"}]; source: file and line, for errors."""
-    messages: list
-    source: str
-
-
-class BadRecord(ValueError):
-    """What is wrong with one record, in words."""
-
-
-# ---- records -> conversations
-
-def read_conversations(path, bad=None):
-    """Yield the conversations of a .jsonl, .json or .parquet file.
-
-    A record that cannot be read raises UserError with file, line and fault; or, where `bad`
-    is a list, the fault is appended to it and reading goes on.
-    """
-    path = Path(path)
-    try:
-        records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
-        for source, parse in records:
-            try:
-                yield Conversation(to_messages(parse()), source)
-            except (ValueError, RecursionError) as error:  # BadRecord, or the JSON parser's own
-                fault = f"{source}: {_in_words(error)}"
-                if bad is None:
-                    raise UserError(f"{fault} (--skip-bad-records leaves such records out)") from None
-                bad.append(fault)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _json_records(path):
-    """Yield (source, function that parses the record): an array of objects, or one a line."""
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # some editors add this mark
-        file.seek(0)
-        if start.startswith(b"["):
-            try:
-                records = json.loads(file.read().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: {_in_words(error)}") from None
-            for number, record in enumerate(records, 1):
-                yield f"{path}: record {number}", lambda record=record: record
-            return
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", lambda line=line: json.loads(line.decode("utf-8"))
-
-
-def _parquet_records(path):
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet takes pyarrow: pip install pyarrow") from None
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}: record {number}", lambda record=record: record
-    except ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
-
-
-def _in_words(error):
-    if isinstance(error, BadRecord):
-        return str(error)
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 at byte {error.start}"
-    return "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
-
-
-def to_messages(record):
-    """A record in any of the four shapes -> messages; BadRecord says what is wrong with it.
-
-    >>> to_messages({"prompt": "Hi", "completion": "Ho"})
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Ho'}]
-    """
-    if not isinstance(record, dict):
-        raise BadRecord(f"not a JSON object but a {type(record).__name__}")
-    if "messages" in record:
-        return _check_messages(record["messages"])
-    for prompt, context, reply in (("instruction", "context", "response"),
-                                   ("instruction", "input", "output"), ("prompt", None, "completion")):
-        if prompt in record and reply in record:
-            user = {"role": "user", "content": _words(record, prompt)}
-            if context and record.get(context):
-                user["context"] = _words(record, context)
-            return [user, {"role": "assistant", "content": _words(record, reply)}]
-    keys = ", ".join(sorted(map(str, record))) or "none"
-    raise BadRecord(f"its keys are {keys[:200]}; expected {SHAPES}")
-
-
-def _check_messages(messages):
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise BadRecord("messages is not a list of objects")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        if message.get("role") not in ROLES:
-            raise BadRecord(f"message {number}: role is {message.get('role')!r:.40}, "
-                            f"expected one of {', '.join(ROLES)}")
-        if message["role"] == "system" and number > 1:
-            raise BadRecord(f"message {number}: a system turn can only be the first")
-        try:
-            checked.append({"role": message["role"], "content": _words(message, "content")})
-        except BadRecord as error:
-            raise BadRecord(f"message {number}: {error}") from None
-    if not any(m["role"] == "assistant" for m in checked):
-        raise BadRecord("no message is the assistant's: there is nothing to learn")
-    return checked
-
-
-def _words(record, key):
-    """The text under `key`: a string that is not blank and that UTF-8 can hold."""
-    text = record.get(key)
-    if not isinstance(text, str):
-        raise BadRecord(f"{key} is not a string but {'missing' if text is None else type(text).__name__}")
-    if not text.strip():
-        raise BadRecord(f"{key} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRecord(f"{key} contains half of a surrogate pair") from None
-    return text
-
+from parrot.records import read_conversations
 
 def is_held_out(messages, fraction):
     """Whether a conversation is kept from training: by the hash of its prompt alone.

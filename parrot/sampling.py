@@ -21,7 +21,7 @@ def nucleus(logits, temperature, top_p):
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p >= 1:  # everything: not even rounding may drop a token
         return probabilities
-    ordered, tokens = probabilities.sort(-1, descending=True, stable=True)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
     ordered = ordered.masked_fill(before >= top_p, 0.0)
     kept = torch.zeros_like(probabilities).scatter(-1, tokens, ordered)

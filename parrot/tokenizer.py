@@ -61,9 +61,8 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """Many texts at once, on all cores; a lone surrogate becomes U+FFFD."""
-        clean = [text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-                 for text in texts]
+        """Many texts at once, on all cores; a lone surrogate becomes a question mark."""
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return [each.ids for each in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
 
     def decode(self, tokens):

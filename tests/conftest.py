@@ -45,7 +45,7 @@ def tiny_tokenizer(tmp_path_factory):
 
 
 def tiny_config(heads=4, kv_heads=2, tied=True, vocab_size=320, layers=2):
-    return LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=48, intermediate_size=64, num_hidden_layers=layers,
                        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8,
                        max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
                        tie_word_embeddings=tied)

@@ -1,0 +1,105 @@
+"""The split, the counts, the shuffle, the ribbons."""
+
+import random
+
+import numpy as np
+import pytest
+from conftest import some_records
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parrot.chat import encode_chat
+from parrot.console import UserError
+from parrot.data import (Batch, examples_of_step, is_held_out, load_examples, micro_batches,
+                         steps_an_epoch)
+from parrot.records import to_messages
+
+USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize("content, fault", [("", "no example to train on"), ("\n\n", "no example to train on")])
+def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=fault):
+        load_examples(path, tiny_tokenizer, 100, 0.1)
+
+
+# ---- the split
+
+def prompts_of(examples, tokenizer):
+    return {tokenizer.decode(examples[i][0]) for i in range(len(examples))}
+
+
+def test_the_split_ignores_order_and_keeps_duplicates_together(records_file, tiny_tokenizer):
+    records = some_records(100)
+    twins = [{**r, "instruction": f"  {r['instruction'].upper()} ", "response": r["response"] + " "} for r in records]
+    shuffled = records + twins
+    random.Random(0).shuffle(shuffled)
+    train, held, _ = load_examples(records_file(records), tiny_tokenizer, 1000, 0.3)
+    assert 15 < len(held) < 45 and len(train) + len(held) == 100
+    train2, held2, _ = load_examples(records_file(shuffled), tiny_tokenizer, 1000, 0.3)
+    assert len(held2) == 2 * len(held) and len(train2) == 2 * len(train)
+    assert prompts_of(held, tiny_tokenizer) <= prompts_of(held2, tiny_tokenizer)
+
+
+def test_the_reply_does_not_decide_the_side():
+    sides = {is_held_out([USER, {"role": "assistant", "content": str(n)}], 0.5) for n in range(50)}
+    assert len(sides) == 1
+    assert not is_held_out([USER, REPLY], 0.0)
+
+
+# ---- examples, counted
+
+def test_examples_are_the_tokens_of_the_template(records_file, tiny_tokenizer):
+    records = some_records(10)
+    train, _, _ = load_examples(records_file(records), tiny_tokenizer, 1000, 0.0)
+    for index, record in enumerate(records):
+        tokens, supervised = encode_chat(to_messages(record), tiny_tokenizer)
+        assert train[index][0].tolist() == tokens and train[index][1].tolist() == supervised
+    assert train.sources[3].endswith("records.jsonl:4")
+
+
+def test_what_was_cut_or_dropped_is_counted(records_file, tiny_tokenizer):
+    long = "word " * 500
+    path = records_file([
+        {"instruction": "Q", "context": long, "response": "A"}, {"prompt": "Q", "completion": long},
+        {"messages": [{"role": "system", "content": long}, USER, REPLY]}, {"prompt": "Q", "completion": "A"}, {"x": 1}])
+    train, _, counts = load_examples(path, tiny_tokenizer, 100, 0.0, skip_bad=True)
+    assert (counts.context_cut, counts.reply_cut, counts.dropped, len(counts.bad)) == (1, 1, 1, 1)
+    assert train.lengths.tolist()[1] == 100 and len(train) == 3
+    assert str(counts).count("\n") == 3 and ":5: its keys are x" in str(counts)
+
+
+# ---- order and ribbons
+
+def test_every_epoch_sees_every_example_once_in_a_new_order(records_file, tiny_tokenizer):
+    train, _, _ = load_examples(records_file(some_records(50)), tiny_tokenizer, 1000, 0.0)
+    assert steps_an_epoch(train, 16) == 4
+    epochs = [np.concatenate([examples_of_step(4 * epoch + i, train, 16, seed=0) for i in range(4)]).tolist()
+              for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert examples_of_step(5, train, 16, seed=0).tolist() == epochs[1][16:32]
+    assert examples_of_step(5, train, 16, seed=1).tolist() != epochs[1][16:32]
+
+
+def test_a_ribbon_written_out(records_file, tiny_tokenizer):
+    train, _, _ = load_examples(records_file([{"prompt": "Q", "completion": "A"}, {"prompt": "QQ", "completion": "BC"}]),
+                                tiny_tokenizer, 100, 0.0)
+    batch = Batch.of(train, [1, 0])
+    assert batch.ribbon.lengths == [train.lengths[1], train.lengths[0]]
+    assert batch.tokens.tolist() == [*train[1][0], *train[0][0]]
+    assert tiny_tokenizer.decode_with_control(batch.targets) == "BC<|im_end|>A<|im_end|>"
+    assert (batch.tokens[batch.rows + 1] == batch.targets).all()
+    assert tiny_tokenizer.decode([batch.tokens[batch.rows[0]]]) == "\n"  # after "assistant\n" comes the reply
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), most=st.integers(1, 8) | st.none(),
+       budget=st.integers(1, 120) | st.none())
+def test_micro_batches_keep_order_and_limits(lengths, most, budget):
+    batches = micro_batches(range(len(lengths)), lengths, most, budget)
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= (most or len(lengths))
+        assert len(batch) == 1 or not budget or sum(lengths[i] for i in batch) <= budget

@@ -1,0 +1,42 @@
+"""The shape of the code: imports point one way, files stay short, docstrings run."""
+
+import ast
+import doctest
+import importlib
+
+import pytest
+from conftest import ROOT
+
+LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
+    {"console"}, {"config", "files", "attention", "tokenizer", "device"}, {"model", "chat", "gguf_import"},
+    {"weights", "hub", "records", "optim"}, {"data"}, {"checkpoint", "training", "sampling"}]
+MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
+LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",
+                 "parrot/training.py", "parrot/sampling.py", "train.py", "sample.py"]
+
+
+def test_imports_point_one_way():
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    assert sorted(level) == MODULES
+    for name in MODULES:
+        tree = ast.parse((ROOT / "parrot" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:  # at the top: what a module needs to exist
+            imported = [f"{node.module}.{a.name}" if node.module == "parrot" else node.module
+                        for a in node.names] if isinstance(node, ast.ImportFrom) else []
+            for module in imported:
+                assert module.split(".")[0] not in ("train", "sample"), name
+                if module.startswith("parrot."):
+                    assert level[module.split(".")[1]] < level[name], f"{name} imports {module}"
+
+
+def test_the_code_stays_small():
+    lines = lambda paths: sum((ROOT / path).read_text(encoding="utf-8").count("\n") for path in paths)
+    everything = [f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]
+    assert lines(LEARNERS_PATH) <= 1050 and lines(everything) <= 2000
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"parrot.{name}")
+    assert module.__doc__
+    assert doctest.testmod(module).failed == 0

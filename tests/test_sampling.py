@@ -1,0 +1,119 @@
+"""Top-p against brute force, greedy, seeds, stopping, and the end of the context."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parrot.console import UserError
+from parrot.sampling import choose, generate, nucleus
+
+
+def brute_force(probabilities, top_p):
+    """Take tokens, likeliest first and lower ids first among equals, until they hold top_p."""
+    kept, total = [], 0.0
+    for token in sorted(range(len(probabilities)), key=lambda t: (-probabilities[t], t)):
+        kept.append(token)
+        total += probabilities[token]
+        if total >= top_p:
+            break
+    return {token: probabilities[token] / total for token in kept}
+
+
+@settings(max_examples=300)
+@given(weights=st.lists(st.integers(1, 6), min_size=1, max_size=12), top_p=st.floats(0.01, 1.0))
+def test_nucleus_against_brute_force_ties_included(weights, top_p):
+    exact = [weight / sum(weights) for weight in weights]
+    sums = torch.tensor(sorted(exact, reverse=True), dtype=torch.float64).cumsum(0)
+    if (sums - top_p).abs().min() < 1e-5:
+        return  # on the threshold itself, rounding decides
+    ours = nucleus(torch.tensor([exact]).log(), 1.0, top_p)[0]
+    expected = brute_force(exact, top_p)
+    assert {t for t, p in enumerate(ours.tolist()) if p > 0} == set(expected)
+    for token, probability in expected.items():
+        assert ours[token].item() == pytest.approx(probability, rel=1e-4)
+
+
+def test_the_token_that_crosses_the_threshold_stays_in():
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert nucleus(logits, 1.0, 0.6)[0].gt(0).tolist() == [True, True, False, False]
+    assert nucleus(logits, 1.0, 0.5)[0].gt(0).tolist() == [True, False, False, False]
+    assert nucleus(logits, 1.0, 0.8)[0].gt(0).tolist() == [True, True, True, False]
+
+
+def test_top_p_of_one_keeps_everything():
+    logits = torch.randn(3, 49152, generator=torch.Generator().manual_seed(0)) * 3
+    assert torch.equal(nucleus(logits, 1.0, 1.0), logits.softmax(-1)) or torch.allclose(
+        nucleus(logits, 1.0, 1.0), logits.softmax(-1), rtol=1e-4)
+    assert (nucleus(logits, 1.0, 1.0) > 0).all()
+
+
+def test_temperature_is_the_exponent():
+    logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    expected = torch.tensor([0.7, 0.2, 0.1]) ** 2
+    assert torch.allclose(nucleus(logits, 0.5, 1.0)[0], expected / expected.sum())
+    assert nucleus(logits, 1e-30, 0.9)[0].tolist() == [1.0, 0.0, 0.0]  # and no NaN
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert choose(torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 0.0]]), 0, 0.5).tolist() == [1, 0]
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(20000, 1)
+    drawn = choose(logits, 1.0, 0.75, torch.Generator().manual_seed(0)).bincount(minlength=3) / 20000
+    assert torch.allclose(drawn, torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
+
+
+PROMPT = [5, 6, 7, 8]
+
+
+def run(prompts=(PROMPT,), stop=(), seed=0, **options):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, **options}
+    steps = list(generate(tiny_model(), [list(p) for p in prompts], stop,
+                          generator=torch.Generator().manual_seed(seed), **options))
+    return [[token for token in column if token is not None] for column in zip(*steps)]
+
+
+def test_the_same_seed_gives_the_same_reply_and_another_another():
+    assert run(seed=1) == run(seed=1)
+    assert run(seed=1) != run(seed=2)
+
+
+def test_greedy_is_the_argmax_of_the_uncached_model():
+    from parrot.attention import Ribbon
+    model, tokens = tiny_model(), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(12):
+            tokens.append(model.logits(model(torch.tensor(tokens), Ribbon([len(tokens)])))[-1].argmax().item())
+    assert run(temperature=0) == [tokens[4:]]
+
+
+def test_several_prompts_at_once_get_the_replies_they_get_alone():
+    prompts = [PROMPT, [9, 10], [11] * 20]
+    assert run(prompts, temperature=0) == [run([p], temperature=0)[0] for p in prompts]
+
+
+def test_several_samples_differ_and_are_as_many_as_asked():
+    replies = run(samples_each=4)
+    assert len(replies) == 4 and len({tuple(reply) for reply in replies}) > 1
+
+
+def test_a_reply_ends_at_a_stop_token_which_is_not_shown():
+    whole = run(temperature=0)[0]
+    stop = whole[5]
+    assert run(temperature=0, stop={stop, 319})[0] == whole[:whole.index(stop)]
+
+
+def test_one_reply_may_end_before_another():
+    prompts = [PROMPT, [9, 10]]
+    whole = run(prompts, temperature=0)
+    stop = next(token for token in whole[0] if token not in whole[1])
+    assert run(prompts, temperature=0, stop={stop}) == [whole[0][:whole[0].index(stop)], whole[1]]
+
+
+def test_the_end_of_the_context_ends_the_reply():
+    assert len(run([[5] * 505], max_new_tokens=100)[0]) == 512 - 505
+    with pytest.raises(UserError, match="prompt has 512 tokens; the model's context holds 512"):
+        run([[5] * 512])

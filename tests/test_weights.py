@@ -1,0 +1,144 @@
+"""Model folders: what transformers reads as we wrote it, and what is refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parrot import weights
+from parrot.console import UserError
+from parrot.sampling import generate
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the tiny model folder that a test may spoil."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
+    model, tokenizer = weights.load(q4_folder)
+    weights.save_model(tmp_path, model, tokenizer, torch.float32)
+    reference, reference_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert reference.dtype == torch.float32
+    messages = [{"role": "user", "content": "What is the capital of Italy?"}]
+    inputs = reference_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+                                                     return_dict=True)
+    theirs = reference.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    saved, saved_tokenizer = weights.load(tmp_path)
+    stop = weights.stop_tokens(tmp_path, saved_tokenizer)
+    assert stop == {0, 2}
+    ours = [token for token, in generate(saved, [inputs["input_ids"][0].tolist()], stop, max_new_tokens=40,
+                                         temperature=0, top_p=1)]
+    assert ours == [token for token in theirs.tolist() if token not in stop]
+    assert "Rome" in saved_tokenizer.decode(ours)
+
+
+def test_saving_in_bfloat16_rounds_and_loading_gives_it_back(tmp_path, tiny_tokenizer):
+    model = tiny_model()
+    weights.save_model(tmp_path, model, tiny_tokenizer, torch.bfloat16)
+    loaded = weights.load_model(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], p.detach().bfloat16().float()) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_folders(tmp_path, tiny_tokenizer, tied):
+    model = tiny_model(tiny_config(tied=tied))
+    weights.save_model(tmp_path, model, tiny_tokenizer, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = weights.load_model(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in names)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors"):
+        weights.load_model(tmp_path)
+
+
+def test_a_config_in_the_style_of_transformers_5(folder):
+    before = weights.read_config(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert weights.read_config(folder) == before
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"model_type": "qwen2"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"hidden_size": -3}, "hidden_size"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
+def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, field):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=f"{field} ") as caught:
+        weights.load_model(folder)
+    assert "config.json" in str(caught.value)
+
+
+NAME = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.pop(NAME), f"tensor {NAME} is missing"),
+    (lambda t: t.update({NAME[:-6] + "bias": torch.zeros(16)}), f"tensor {NAME[:-6]}bias has no place"),
+    (lambda t: t.update({NAME: torch.zeros(16, 31)}), f"tensor {NAME} is \\[16, 31\\]"),
+    (lambda t: t[NAME].__setitem__((3, 4), float("nan")), f"tensor {NAME} contains NaN"),
+    (lambda t: t.update({"lm_head.weight": torch.zeros(320, 48)}), "lm_head.weight differs")])
+def test_tensors_that_do_not_fit_are_refused_by_name(folder, edit, message):
+    edit_tensors(folder, edit)
+    with pytest.raises(UserError, match=message):
+        weights.load_model(folder)
+
+
+def test_what_is_harmless_is_accepted(folder):
+    """A copy of the tied head, and the buffers that old versions of transformers saved."""
+    edit_tensors(folder, lambda t: t.update({
+        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    weights.load_model(folder)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-100], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * 8 + b[8:],
+                                   lambda b: b[:8] + b"nonsense" + b[16:]])
+def test_damaged_files_are_named(folder, spoil):
+    path = folder / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match="model.safetensors"):
+        weights.load_model(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tokenizer):
+    weights.save_model(tmp_path, tiny_model(), tokenizer, torch.float32)
+    with pytest.raises(UserError, match="tokenizer has 49152 tokens"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_files_are_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        weights.load(folder)
