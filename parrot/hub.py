@@ -119,8 +119,9 @@ def _from_hub(repo, kind, choose):
     except Exception as error:  # no network, no such host, a proxy, HF_HUB_OFFLINE ...
         offline = isinstance(error, errors.OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({_first_line(error)})"
-        try:
-            folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+        try:  # half a model is not in the cache; of a dataset, one whole file is enough
+            needed = MODEL_FILES if kind == "model" else ()
+            folder = Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(needed), local_files_only=True))
         except Exception:  # not in the cache either
             why = f"{reason}, and no copy is in its cache. {INSTEAD}"
         else:

@@ -1,0 +1,117 @@
+"""sample.py from the command line: what goes to stdout, what to stderr, and the chat."""
+
+import io
+import os
+import time
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import sample
+from parrot import weights
+from parrot.chat import encode_prompt
+from parrot.console import run
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """A function that runs sample.py; returns (status, stdout, stderr)."""
+    def ask(*argv, stdin=""):
+        monkeypatch.setattr("sys.argv", ["sample.py", "--device", "cpu", *map(str, argv)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            run(sample.main)
+        except SystemExit as error:
+            status = error.code
+        return (status, *capsys.readouterr())
+    return ask
+
+
+SHORT = ("--max-new-tokens", 12)
+
+
+def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
+    status, out, err = ask("--model", tiny_folder, "--prompt", "Hi", "--temperature", 0, "--dtype", "float32", *SHORT)
+    model, tokenizer = weights.load(tiny_folder)
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
+    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1)
+    assert status == 0 and out == sample.printable(tokenizer.decode([token for token, in steps])) + "\n"
+    assert "cut at --max-new-tokens 12" in err
+
+
+def test_a_seed_repeats(ask, tiny_folder):
+    replies = [ask("--model", tiny_folder, "--prompt", "Hi", "--seed", seed, *SHORT)[1] for seed in (1, 1, 2)]
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_several_samples_are_numbered(ask, tiny_folder):
+    out = ask("--model", tiny_folder, "--prompt", "Hi", "--num-samples", 3, "--seed", 0, *SHORT)[1]
+    assert all(f"[{n}] " in out for n in (1, 2, 3))
+
+
+def test_plain_format_goes_on_with_the_text(ask, tiny_folder):
+    chat = ask("--model", tiny_folder, "--prompt", "Once", "--temperature", 0, *SHORT)[1]
+    plain = ask("--model", tiny_folder, "--prompt", "Once", "--temperature", 0, "--format", "plain", *SHORT)[1]
+    assert chat != plain
+
+
+def test_models_side_by_side(ask, tiny_folder, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    weights.save_model(tmp_path / "other", tiny_model(seed=5), tiny_tokenizer, torch.float32)
+    status, out, _ = ask("--compare", tiny_folder, tmp_path / "other", "--prompt", "Hi", "--temperature", 0, *SHORT)
+    alone = ask("--model", tmp_path / "other", "--prompt", "Hi", "--temperature", 0, *SHORT)[1]
+    columns = ["".join(line[start:start + 50].strip() for line in out.splitlines()) for start in (0, 50)]
+    assert status == 0 and "other" in columns[1] and "".join(alone.split()) in columns[1].replace(" ", "")
+
+
+def test_columns_fall_below_each_other_where_it_is_narrow():
+    assert sample.side_by_side([["a", "x y"], ["b", "z"]], 80).splitlines()[0].split() == ["a", "b"]
+    assert sample.side_by_side([["a", "x"], ["b", "z"]], 40) == "a\nx\n\nb\nz"
+
+
+def test_a_chat_remembers_its_turns(ask, tiny_folder, monkeypatch):
+    seen = []
+    original = sample.encode_prompt
+    monkeypatch.setattr(sample, "encode_prompt", lambda messages, *rest: seen.append(list(messages)) or original(messages, *rest))
+    status, out, err = ask("--model", tiny_folder, "--temperature", 0, *SHORT, stdin="Hi\nAnd now?\n\n")
+    assert status == 0 and err.count("you> ") == 3 and len(out.splitlines()) >= 2
+    assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
+    assert seen[1][0]["content"] == "Hi" and seen[1][2]["content"] == "And now?"
+    assert sample.printable(seen[1][1]["content"]) in out
+
+
+def test_before_anything_was_trained(ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = ask("--prompt", "Hi")
+    assert (status, out) == (1, "") and "python train.py --quickstart" in err
+
+
+def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("out/quickstart", "out/littleparrot")):
+        os.makedirs(name)
+        open(f"{name}/model.safetensors", "w").close()
+        os.utime(f"{name}/model.safetensors", (time.time() - i * 100,) * 2)
+    assert sample.newest_run() == os.path.join("out", "quickstart")
+
+
+def test_a_prompt_that_does_not_fit(ask, tiny_folder):
+    status, out, err = ask("--model", tiny_folder, "--prompt", "word " * 600)
+    assert (status, out) == (1, "") and "the model's context holds 512" in err
+
+
+def test_the_end_of_the_context_is_told(ask, tiny_folder):
+    words = "1 " * 249
+    status, _, err = ask("--model", tiny_folder, "--prompt", words, "--format", "plain", "--temperature", 0)
+    assert status == 0 and "the end of the model's context (512 tokens)" in err
+
+
+def test_a_chat_needs_a_chat_template(ask, tiny_folder, tmp_path):
+    import shutil
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    status, _, err = ask("--model", tmp_path / "base")
+    assert status == 1 and "no chat template" in err
+    assert ask("--model", tmp_path / "base", "--prompt", "Once", *SHORT)[0] == 0

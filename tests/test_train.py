@@ -1,0 +1,217 @@
+"""Whole runs on a tiny model: against a plain loop, interrupted, resumed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, some_records
+from safetensors.torch import load_file
+from test_training import reference_loss
+from transformers import AutoModelForCausalLM
+
+import train
+from parrot.config import TrainConfig
+from parrot.console import UserError
+from parrot.data import examples_of_step, load_examples
+from parrot.optim import learning_rate
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path, records_file):
+    """A function that makes the settings of a small run; its folder is `out` unless named."""
+    data = records_file(some_records(40))
+
+    def config(**changes):
+        return TrainConfig(**{"weights": str(tiny_folder), "data": str(data), "out": str(tmp_path / "out"),
+                              "epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "val_fraction": 0.2,
+                              "eval_every": 3, "save_every": 4, "dtype": "float32", "device": "cpu", **changes})
+    return config
+
+
+def metrics(folder):
+    """metrics.jsonl without what time changes."""
+    lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def weights_of(folder):
+    return open(os.path.join(folder, "model.safetensors"), "rb").read()
+
+
+def test_a_run_equals_a_plain_loop_of_transformers(config, tiny_tokenizer):
+    """Order, schedule, clipping, AdamW, loss, held-out loss: all of it, in 10 steps."""
+    c = config(val_fraction=0, weight_decay=0.1, max_steps=10)
+    train.train(c)
+    examples, _, _ = load_examples(c.data, tiny_tokenizer, c.max_length, 0)
+    reference = AutoModelForCausalLM.from_pretrained(c.weights, dtype=torch.float32)
+    groups = [{"params": [p for n, p in reference.named_parameters() if ("norm" in n) == scale],
+               "weight_decay": 0 if scale else 0.1} for scale in (False, True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step, line in zip(range(10), metrics(c.out)):
+        loss = reference_loss(reference, examples, examples_of_step(step, examples, 8, 0))
+        optimizer.zero_grad(), loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 10, 1e-2, 1e-3, 0.1)
+        optimizer.step()
+        assert line["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert line["step"] == step + 1 and line["learning_rate"] == group["lr"]
+    saved = load_file(os.path.join(c.out, "model.safetensors"))
+    for name, parameter in reference.named_parameters():
+        assert (saved[name] - parameter).norm() <= 1e-3 * parameter.norm(), name
+
+
+def test_the_best_by_held_out_loss_stays(config):
+    """With a learning rate that ruins the model in the end, an earlier one is what is kept."""
+    c = config(epochs=12, learning_rate=3e-2, min_learning_rate=3e-2, eval_every=2)
+    train.train(c)
+    losses = {line["step"]: line["val_loss"] for line in metrics(c.out) if "val_loss" in line}
+    about = json.load(open(os.path.join(c.out, "run.json")))
+    best = min((loss, step) for step, loss in losses.items() if step)
+    assert about["best_loss"] == best[0] < losses[max(losses)] and 0 < best[1] < max(losses)
+    from parrot import weights
+    from parrot.training import held_out_loss
+    model, tokenizer = weights.load(c.out)
+    _, held_out, _ = load_examples(c.data, tokenizer, c.max_length, c.val_fraction)
+    assert held_out_loss(model, held_out, 4096, torch.float32) == pytest.approx(best[0], rel=1e-6)
+
+
+def test_what_the_run_folder_says(config, capsys):
+    c = config(dtype="bfloat16")
+    train.train(c)
+    about = json.load(open(os.path.join(c.out, "run.json")))
+    assert about["finished"] and about["config"]["learning_rate"] == 1e-2 and len(about["data"]["sha256"]) == 64
+    assert about["versions"]["torch"] == torch.__version__ and len(about["weights"]["files"]["model.safetensors"]) == 64
+    lines = metrics(c.out)
+    assert lines[0].keys() == {"step", "epoch", "val_loss"} and lines[0]["step"] == 0
+    assert lines[1].keys() == {"step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens"}
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, about["steps"] + 1))
+    assert lines[-1]["step"] == about["steps"] and "val_loss" in lines[-1]
+    assert not os.path.exists(os.path.join(c.out, "checkpoint"))
+    told = capsys.readouterr().err
+    assert "before training:" in told and "after training:" in told and "tokens/s" in told
+
+
+def test_same_seed_same_run_other_seed_other_order(config, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.train(config(out=str(tmp_path / name), seed=seed))
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+
+
+# ---- interrupted and resumed
+
+def command(c, *more):
+    flags = ["--weights", c.weights, "--data", c.data, "--out", c.out, "--epochs", c.epochs, "--batch-size", c.batch_size,
+             "--learning-rate", c.learning_rate, "--val-fraction", c.val_fraction, "--eval-every", c.eval_every,
+             "--save-every", c.save_every, "--dtype", c.dtype, "--device", "cpu", *more]
+    return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+
+
+def wait_for_step(process, folder, step):
+    """Wait until the run has written the line of `step`."""
+    path = os.path.join(folder, "metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if os.path.exists(path) and f'{{"step": {step},' in open(path).read():
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_to_the_same_bytes(number, status, config, tmp_path):
+    c = config(epochs=40)
+    train.train(config(epochs=40, out=str(tmp_path / "whole")))
+    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for_step(process, c.out, 23)
+    process.send_signal(number)
+    told = process.communicate()[1]
+    assert process.returncode == status and "Traceback" not in told
+    if number != signal.SIGKILL:
+        assert "to go on: python train.py" in told and "--resume" in told
+    step = len([line for line in metrics(c.out) if "train_loss" in line])
+    assert step < 160
+    done = subprocess.run(command(c, "--resume"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights_of(c.out) == weights_of(tmp_path / "whole")
+    assert metrics(c.out) == metrics(tmp_path / "whole")
+
+
+def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_path, records_file, monkeypatch):
+    c = config()
+    interrupt_after(monkeypatch, 5)
+    with pytest.raises(train.Interrupted):
+        train.train(c)
+    monkeypatch.undo()
+    for changes, words in [({"learning_rate": 2e-2}, "--learning-rate was 0.01 and is now 0.02"),
+                           ({"seed": 1}, "--seed was 0"), ({"epochs": 3}, "--epochs was 2 and is now 3"),
+                           ({"data": str(records_file(some_records(41), "more.jsonl"))}, "the data's sha256")]:
+        with pytest.raises(UserError, match=words):
+            train.train(config(resume=True, **changes))
+    train.train(config(resume=True, micro_batch_size=2, save_every=1))
+    with pytest.raises(UserError, match="is finished"):
+        train.train(config(resume=True))
+    with pytest.raises(UserError, match="holds a finished run"):
+        train.train(c)
+
+
+def interrupt_after(monkeypatch, step):
+    """Send ourselves SIGINT while optimizer step `step` is under way."""
+    original = train.accumulate_gradients
+    calls = []
+
+    def accumulate(*args):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+
+
+def test_an_unfinished_run_is_not_written_over(config, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(train.Interrupted):
+        train.train(config())
+    with pytest.raises(UserError, match=r"unfinished run \(--resume goes on\)"):
+        train.train(config())
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run's folder"):
+        train.train(config())
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+# ---- what goes wrong
+
+def test_a_loss_that_is_not_finite_names_step_and_examples(config):
+    c = config(learning_rate=1e30, min_learning_rate=1e30, grad_clip=0, save_every=1, epochs=3)
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*records.jsonl:\d+, .*last checkpoint") as caught:
+        train.train(c)
+    assert str(caught.value).count("records.jsonl:") == 8
+    assert any(name.startswith("step-") for name in os.listdir(os.path.join(c.out, "checkpoint")))
+
+
+def test_bad_data_from_the_command_line(config, tmp_path):
+    c = config()
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Q", "completion": "A"}\nnot json\n')
+    done = subprocess.run(command(config(data=str(tmp_path / "bad.jsonl"))), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "bad.jsonl:2: not JSON" in done.stderr and "Traceback" not in done.stderr
+    assert not os.path.exists(c.out)
+
+
+def test_few_examples_and_none_held_out(config, records_file, capsys):
+    """Fewer examples than a batch train; where nothing is held out the last model is kept."""
+    c = config(data=str(records_file(some_records(3), "three.jsonl")), val_fraction=0.001)
+    train.train(c)
+    assert "3 examples to train on, 0 held out, 2 steps" in capsys.readouterr().err
+    assert len(metrics(c.out)) == 2 and weights_of(c.out)
