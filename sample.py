@@ -137,7 +137,11 @@ def chat(speaker, config):
             say("")
             return
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": stream(speaker, prompt_tokens(speaker, messages), config)})
+        context = speaker.model.config.max_position_embeddings
+        while len(prompt := prompt_tokens(speaker, messages)) > context * 3 // 4 and len(messages) > 1:
+            messages = messages[2:]  # the oldest question and its reply
+            say("[the oldest turn is forgotten: the context is full]")
+        messages.append({"role": "assistant", "content": stream(speaker, prompt, config)})
 
 
 def numbered(texts):

@@ -67,7 +67,7 @@ def train(config):
                         progress.first_loss = val_loss
                     elif progress.best_loss is None or val_loss < progress.best_loss:
                         progress.best_loss = val_loss
-                        weights.save_model(folder.path, model, tokenizer, dtype)
+                        folder.save_best(model, tokenizer, dtype)
                     folder.log(step=progress.step, epoch=epoch_of(progress.step, train_set, config),
                                val_loss=val_loss, seconds=round(progress.seconds, 2))
                     bar.write(f"step {progress.step}: held-out loss {val_loss:.4f}", file=sys.stderr)
@@ -109,7 +109,7 @@ def train(config):
                 folder.save(model, optimizer, progress)
 
     if not len(val_set):
-        weights.save_model(folder.path, model, tokenizer, dtype)
+        folder.save_best(model, tokenizer, dtype)
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds)
     best, tokenizer = weights.load(folder.path, torch.float32, device)
     say("after training:", *answers(best, tokenizer, folder.path))

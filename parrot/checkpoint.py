@@ -12,6 +12,7 @@ one deleted: after a crash at any moment, the old or the new one is there, whole
 import json
 import platform
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from parrot.config import TrainConfig
 from parrot.console import UserError, say
 from parrot.files import flush, read_json, replace_file, sha256_of, write_json
+from parrot.weights import save_model
 
 
 @dataclass
@@ -85,8 +87,24 @@ class RunFolder:
 
     def log(self, **values):
         """Add a line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with self._writing(), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def save_best(self, model, tokenizer, dtype):
+        """Make `model` the one that this folder holds."""
+        with self._writing():
+            save_model(self.path, model, tokenizer, dtype)
+
+    @contextmanager
+    def _writing(self):
+        """Turn a disk that refuses into a UserError that says what is safe."""
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            saved = self._saved()
+            safe = (f"The checkpoint {saved[-1]} is whole: make room, then --resume goes on from it"
+                    if saved else "No checkpoint was written yet")
+            raise UserError(f"cannot write into {self.path}: {getattr(error, 'strerror', 0) or error}. {safe}.") from None
 
     def rewind_metrics(self, step):
         """Drop the lines that a resumed run will write again: all after `step` steps.
@@ -105,8 +123,9 @@ class RunFolder:
 
     def finish(self, **results):
         """Mark the run as finished and drop the checkpoint, which nobody needs any more."""
-        write_json(self.path / "run.json", {**self.about, **results, "finished": True})
-        shutil.rmtree(self.checkpoints)
+        with self._writing():
+            write_json(self.path / "run.json", {**self.about, **results, "finished": True})
+            shutil.rmtree(self.checkpoints)
 
     # ---- checkpoints
 
@@ -128,17 +147,18 @@ class RunFolder:
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
         temporary = self.checkpoints / "unfinished"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(tensors, temporary / "tensors.safetensors")
-        write_json(temporary / "progress.json", asdict(progress))
-        flush(temporary / "tensors.safetensors")
-        flush(temporary)
-        temporary.rename(final)
-        flush(self.checkpoints)
-        for old in self._saved():
-            if old != final:
-                shutil.rmtree(old)
+        with self._writing():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            save_file(tensors, temporary / "tensors.safetensors")
+            write_json(temporary / "progress.json", asdict(progress))
+            flush(temporary / "tensors.safetensors")
+            flush(temporary)
+            temporary.rename(final)
+            flush(self.checkpoints)
+            for old in self._saved():
+                if old != final:
+                    shutil.rmtree(old)
 
     def restore(self, model, optimizer):
         """Load the newest checkpoint into model and optimizer; Progress() where there is none."""

@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, fit, pieces_of, text_of
+from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.console import UserError
 from parrot.records import read_conversations
+from parrot.shorten import fit
 
 def is_held_out(messages, fraction):
     """Whether a conversation is kept from training: by the hash of its prompt alone.

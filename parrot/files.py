@@ -30,20 +30,13 @@ def replace_file(path, write):
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only we may read
+        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner may read
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask():
-    """The permissions that new files must not have; asking means setting it for a moment."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path, content):

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from parrot.data import Batch, micro_batches
 from parrot.device import autocast
@@ -43,7 +44,8 @@ def held_out_loss(model, examples, max_tokens, dtype, should_stop=lambda: False)
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for indices in micro_batches(range(len(examples)), examples.lengths, None, max_tokens):
+    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
+    for indices in tqdm(splits, desc="evaluating", leave=False):
         if should_stop():
             return None
         batch = Batch.of(examples, indices, device)

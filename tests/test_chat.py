@@ -1,4 +1,4 @@
-"""The template: literal tokens, literal flags, and what goes first when it is too long."""
+"""The template: literal tokens, literal flags, and no control token from any text."""
 
 import subprocess
 import sys
@@ -8,8 +8,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from parrot import weights
-from parrot.chat import (CHAT_TEMPLATE, coloured, default_system, encode_chat, encode_prompt, fit,
-                         text_of, without_middle)
+from parrot.chat import CHAT_TEMPLATE, coloured, default_system, encode_chat, encode_prompt, text_of
 from parrot.console import UserError
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
@@ -76,48 +75,6 @@ def test_prompt_and_training_tokens_meet(tokenizer):
     """What the model is asked with is exactly what came before the reply in training."""
     tokens, supervised = encode_chat(CONVERSATION, tokenizer)
     assert encode_prompt(CONVERSATION[:2], tokenizer) == tokens[:supervised.index(True)]
-
-
-# ---- too long
-
-LONG = " ".join(f"word{i}" for i in range(400))
-
-
-def test_the_middle_of_the_context_goes_first(tokenizer):
-    messages = [{"role": "user", "content": "Summarise.", "context": LONG}, {"role": "assistant", "content": "It counts."}]
-    tokens, supervised, cut = fit(messages, tokenizer, 200)
-    text = tokenizer.decode_with_control(tokens)
-    assert cut == "context" and 195 <= len(tokens) <= 200
-    assert "Summarise.\n\nword0 word1" in text and " … " in text and text.count("word399") == 1
-    assert tokenizer.decode_with_control([t for t, s in zip(tokens, supervised) if s]) == "It counts.<|im_end|>"
-
-
-def test_a_long_prompt_loses_its_middle(tokenizer):
-    messages = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "It counts."}]
-    tokens, supervised, cut = fit(messages, tokenizer, 200)
-    assert cut == "context" and len(tokens) <= 200
-    assert tokenizer.decode_with_control([t for t, s in zip(tokens, supervised) if s]) == "It counts.<|im_end|>"
-
-
-def test_a_reply_that_alone_is_too_long_loses_its_end_and_its_stop_token(tokenizer):
-    messages = [{"role": "user", "content": "Count.", "context": "Slowly."}, {"role": "assistant", "content": LONG}]
-    tokens, supervised, cut = fit(messages, tokenizer, 100)
-    learned = [t for t, s in zip(tokens, supervised) if s]
-    assert cut == "reply" and len(tokens) == 100
-    assert tokenizer.control("<|im_end|>") not in learned
-    assert tokenizer.decode(learned).startswith("word0 word1")
-    assert "Count." in tokenizer.decode(tokens) and "Slowly." not in tokenizer.decode(tokens)
-
-
-def test_what_fits_is_left_alone(tokenizer):
-    whole = encode_chat(CONVERSATION, tokenizer)
-    assert fit(CONVERSATION, tokenizer, len(whole[0])) == (*whole, "")
-
-
-def test_without_middle_keeps_both_ends():
-    for count in range(1, 12):
-        shorter = without_middle("0123456789", count).replace(" … ", "")
-        assert len(shorter) == min(count, 10) and "0123456789".startswith(shorter[:(count + 1) // 2])
 
 
 def test_context_stands_under_the_task():

@@ -82,6 +82,12 @@ def test_a_chat_remembers_its_turns(ask, tiny_folder, monkeypatch):
     assert sample.printable(seen[1][1]["content"]) in out
 
 
+def test_a_long_chat_forgets_its_oldest_turns(ask, tiny_folder):
+    lines = "".join("1 " * 60 + f"{n}\n" for n in range(6)) + "\n"
+    status, out, err = ask("--model", tiny_folder, "--temperature", 0, "--max-new-tokens", 3, stdin=lines)
+    assert status == 0 and err.count("you> ") == 7 and "oldest turn is forgotten" in err
+
+
 def test_before_anything_was_trained(ask, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = ask("--prompt", "Hi")
