@@ -19,7 +19,7 @@ import torch
 from parrot import hub, weights
 from parrot.chat import default_system, encode_prompt
 from parrot.config import SampleConfig, parse
-from parrot.console import UserError, printable, run, say
+from parrot.console import UserError, printable, run_program, say
 from parrot.device import pick_device
 from parrot.model import Llama
 from parrot.sampling import check_room, generate
@@ -83,7 +83,7 @@ def prompt_tokens(speaker, messages):
 
 def replies(speaker, prompt, config, samples=1):
     """Step by step, the next token of each of `samples` replies (see sampling.generate)."""
-    generator = torch.Generator(speaker.model.lm_head.weight.device)
+    generator = torch.Generator(speaker.model.device)
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
     return generate(speaker.model, [prompt], speaker.stop, max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature, top_p=config.top_p, generator=generator,
@@ -161,4 +161,4 @@ def side_by_side(columns, width):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -10,85 +10,79 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from parrot import hub, weights
-from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.chat import default_system, encode_prompt
+from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.config import QUICKSTART, TrainConfig, parse
-from parrot.console import Interrupted, StopSignal, UserError, printable, run, say
-from parrot.data import Batch, examples_of_step, load_examples, micro_batches, steps_an_epoch
+from parrot.console import Interrupted, StopSignal, UserError, printable, run_program, say
+from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
 from parrot.device import TOKENS_A_FORWARD, keep_freed_memory, pick_device
+from parrot.distributed import Processes
+from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
 from parrot.sampling import generate
+from parrot.tokenizer import Tokenizer
 from parrot.training import accumulate_gradients, held_out_loss
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",  # asked before and after
              "What planet is closest to the sun?", "What is the capital of Canada?")
 
 
+@dataclass
+class Run:
+    """What a training run consists of."""
+    config: TrainConfig
+    processes: Processes  # one, unless torchrun started several
+    folder: RunFolder
+    start_from: Path  # the model folder to start from
+    model: Llama
+    tokenizer: Tokenizer
+    train_set: Examples
+    val_set: Examples
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    total_steps: int
+    dtype: torch.dtype  # of the matrix products; the weights are float32
+    max_tokens: int  # of one forward
+
+
 def train(config):
-    folder = RunFolder(config.out)
-    folder.begin(config.resume)
-    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
-    max_tokens = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
+    run = set_up(config)
+    model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
+    if progress.step == 0 and processes.rank == 0:
+        say("before training:", *answers(model, run.tokenizer, run.start_from))
 
-    # The parts: weights, data, model, optimizer.
-    weights_from, data_from = hub.find_weights(config.weights), hub.find_data(config.data)
-    model, tokenizer = weights.load(weights_from.path, torch.float32, device)
-    train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
-                                               config.val_fraction, config.skip_bad_records)
-    total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
-    total_steps = min(total_steps, config.max_steps or total_steps)
-    optimizer = make_optimizer(model, config)
-    say(f"{len(train_set)} examples to train on, {len(val_set)} held out, {total_steps} steps on {device}",
-        *str(counts).splitlines())
-    folder.open(describe(config, weights_from, data_from, {
-        "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(),
-        "device": str(device), "micro_batch_tokens": max_tokens, "steps": total_steps}), config.resume)
-    progress = folder.restore(model, optimizer) if config.resume else Progress()
-    if progress.step == 0:
-        say("before training:", *answers(model, tokenizer, weights_from.path))
-
-    bar = tqdm(total=total_steps, initial=progress.step, unit="step", desc="training", smoothing=0.1)
+    bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
     with StopSignal() as stop, bar:
         while True:
-            started = time.perf_counter()
-
             # Now and then, and at the end: how well does it do on what it has not seen?
-            due = progress.step % config.eval_every == 0 or progress.step == total_steps
-            if len(val_set) and due and not stop.status:
-                val_loss = held_out_loss(model, val_set, max_tokens, dtype, lambda: stop.status)
-                if val_loss is not None:
-                    progress.seconds += time.perf_counter() - started
-                    if progress.step == 0:
-                        progress.first_loss = val_loss
-                    elif progress.best_loss is None or val_loss < progress.best_loss:
-                        progress.best_loss = val_loss
-                        folder.save_best(model, tokenizer, dtype)
-                    folder.log(step=progress.step, epoch=epoch_of(progress.step, train_set, config),
-                               val_loss=val_loss, seconds=round(progress.seconds, 2))
-                    bar.write(f"step {progress.step}: held-out loss {val_loss:.4f}", file=sys.stderr)
-
-            if stop.status:
-                folder.save(model, optimizer, progress)
-                raise Interrupted(f"stopped after step {progress.step} of {total_steps}; to go on: "
-                                  f"{command_to_resume()}", stop.status)
-            if progress.step == total_steps:
+            if progress.step % config.eval_every == 0 or progress.step == run.total_steps:
+                evaluate(run, stop, bar)
+            if status := processes.largest(stop.status):
+                run.folder.save(model, optimizer, progress)
+                raise Interrupted(f"stopped after step {progress.step} of {run.total_steps}; to go on: "
+                                  f"{command_to_resume()}", status)
+            if progress.step == run.total_steps:
                 break
 
-            # One step: the examples, as ribbons; their gradient; one move of the weights.
+            # One step: some examples, as ribbons; their gradient; one move of the weights.
             started = time.perf_counter()
-            indices = examples_of_step(progress.step, train_set, config.batch_size, config.seed)
-            batches = [Batch.of(train_set, some, device) for some in micro_batches(
-                indices, train_set.lengths, config.micro_batch_size, max_tokens)]
-            loss = accumulate_gradients(model, batches, dtype)
+            indices = examples_of_step(progress.step, run.train_set, config.batch_size, config.seed)
+            batches = [Batch.of(run.train_set, some, model.device) for some in split(run, indices)]
+            supervised = sum(len(batch.targets) for batch in batches)  # of the whole step
+            loss = accumulate_gradients(model, processes.share(batches), supervised, run.dtype)
+            loss, = processes.sum(loss)
+            processes.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             if not math.isfinite(loss + grad_norm):
-                raise diverged(progress.step, loss, grad_norm, train_set, indices, folder)
-            rate = learning_rate(progress.step, total_steps, config.learning_rate,
+                raise diverged(run, loss, grad_norm, indices)
+            rate = learning_rate(progress.step, run.total_steps, config.learning_rate,
                                  config.min_learning_rate, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -97,28 +91,87 @@ def train(config):
 
             # What happened, for the file and for the eye.
             tokens, seconds = sum(len(batch.tokens) for batch in batches), time.perf_counter() - started
-            progress.step += 1
-            progress.tokens += tokens
+            progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
             progress.seconds += seconds
-            folder.log(step=progress.step, epoch=epoch_of(progress.step, train_set, config), train_loss=loss,
-                       learning_rate=rate, grad_norm=grad_norm, tokens=progress.tokens,
-                       tokens_per_second=round(tokens / seconds, 1), seconds=round(progress.seconds, 2))
+            run.folder.log(step=progress.step, epoch=epoch_of(run), train_loss=loss, learning_rate=rate,
+                           grad_norm=grad_norm, tokens=progress.tokens,
+                           tokens_per_second=round(tokens / seconds, 1), seconds=round(progress.seconds, 2))
             bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {tokens / seconds:.0f} tokens/s", refresh=False)
             bar.update()
-            if progress.step % config.save_every == 0 and progress.step < total_steps:
-                folder.save(model, optimizer, progress)
+            if progress.step % config.save_every == 0 and progress.step < run.total_steps:
+                run.folder.save(model, optimizer, progress)
+    finish(run)
 
-    if not len(val_set):
-        folder.save_best(model, tokenizer, dtype)
+
+def set_up(config):
+    """Settings -> the parts of a run, with what is worth knowing told on the way."""
+    processes = Processes()
+    folder = RunFolder(config.out, writes=processes.rank == 0)
+    folder.begin(config.resume)
+    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+    max_tokens = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
+
+    with processes.one_after_the_other():  # the first may have to download
+        weights_from, data_from = hub.find_weights(config.weights), hub.find_data(config.data)
+    model, tokenizer = weights.load(weights_from.path, torch.float32, device)
+    train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
+                                               config.val_fraction, config.skip_bad_records)
+    total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    optimizer = make_optimizer(model, config)
+    say(f"{len(train_set)} examples to train on, {len(val_set)} held out, {total_steps} steps on {device}, "
+        f"up to {max_tokens} tokens in a forward", *str(counts).splitlines())
+
+    about = describe(config, weights_from, data_from, {
+        "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(), "device": str(device),
+        "processes": processes.size, "micro_batch_tokens": max_tokens, "steps": total_steps})
+    with processes.one_after_the_other():
+        folder.open(about, config.resume)
+        progress = folder.restore(model, optimizer) if config.resume else Progress()
+    return Run(config, processes, folder, weights_from.path, model, tokenizer, train_set, val_set, optimizer,
+               progress, total_steps, dtype, max_tokens)
+
+
+def split(run, indices):
+    """The examples of a step -> those of each forward; several processes get one each at least."""
+    most = min(run.config.micro_batch_size or len(indices), -(-len(indices) // run.processes.size))
+    return micro_batches(indices, run.train_set.lengths, most, run.max_tokens)
+
+
+def evaluate(run, stop, bar):
+    """Log the held-out loss; keep the model if it is the best yet. A signal to stop cuts it short."""
+    started, progress = time.perf_counter(), run.progress
+    if not len(run.val_set):
+        return
+    loss = held_out_loss(run.model, run.val_set, run.max_tokens, run.dtype, run.processes, lambda: stop.status)
+    if loss is None:
+        return
+    progress.seconds += time.perf_counter() - started
+    if progress.step == 0:
+        progress.first_loss = loss
+    elif progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss = loss
+        run.folder.save_best(run.model, run.tokenizer, run.dtype)
+    run.folder.log(step=progress.step, epoch=epoch_of(run), val_loss=loss, seconds=round(progress.seconds, 2))
+    bar.write(f"step {progress.step}: held-out loss {loss:.4f}", file=sys.stderr)
+
+
+def finish(run):
+    """Leave the folder as a finished run, and show what was learned."""
+    progress, folder = run.progress, run.folder
+    if not len(run.val_set):
+        folder.save_best(run.model, run.tokenizer, run.dtype)  # the last is the best we know
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds)
-    best, tokenizer = weights.load(folder.path, torch.float32, device)
+    if run.processes.rank > 0:
+        return
+    best, tokenizer = weights.load(folder.path, torch.float32, run.model.device)
     say("after training:", *answers(best, tokenizer, folder.path))
-    say(told_at_the_end(progress, folder.path))
-
-
-def epoch_of(step, train_set, config):
-    """Passes over the data after `step` steps."""
-    return round(step / steps_an_epoch(train_set, config.batch_size), 4)
+    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s. The model is in {folder.path}"
+    if progress.best_loss is not None:
+        told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
+        if progress.best_loss >= progress.first_loss:
+            told += " (no better than before training: try a lower --learning-rate)"
+    say(f'{told}.\nAsk it: python sample.py --model {folder.path} --prompt "Who are you?"')
 
 
 def answers(model, tokenizer, folder):
@@ -136,12 +189,17 @@ def answers(model, tokenizer, folder):
             for question, reply in zip(QUESTIONS, replies)]
 
 
-def diverged(step, loss, grad_norm, train_set, indices, folder):
+def epoch_of(run):
+    """Passes over the data so far."""
+    return round(run.progress.step / steps_an_epoch(run.train_set, run.config.batch_size), 4)
+
+
+def diverged(run, loss, grad_norm, indices):
     """The error for a step whose loss or gradient is not a finite number."""
-    names = ", ".join(train_set.sources[index] for index in indices)
-    return UserError(f"step {step + 1}: the loss is {loss} and the gradient's length {grad_norm}. Its "
-                     f"examples: {names}. The weights were not changed; the last checkpoint in "
-                     f"{folder.checkpoints} is good. A lower --learning-rate usually helps.")
+    names = ", ".join(run.train_set.sources[index] for index in indices)
+    return UserError(f"step {run.progress.step + 1}: the loss is {loss} and the gradient's length {grad_norm}. "
+                     f"Its examples: {names}. The weights were not changed; {run.folder.what_is_safe()} "
+                     "A lower --learning-rate usually helps.")
 
 
 def command_to_resume():
@@ -150,16 +208,6 @@ def command_to_resume():
     return shlex.join(["python", "train.py", *arguments, "--resume"])
 
 
-def told_at_the_end(progress, path):
-    """The last words of a run."""
-    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s. The model is in {path}"
-    if progress.best_loss is not None:
-        told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
-        if progress.best_loss >= progress.first_loss:
-            told += " (no better than before training: try a lower --learning-rate)"
-    return f'{told}.\nAsk it: python sample.py --model {path} --prompt "Who are you?"'
-
-
 if __name__ == "__main__":
     keep_freed_memory()
-    run(lambda: train(parse(TrainConfig, sys.argv[1:], __doc__.splitlines()[0], {"quickstart": QUICKSTART})))
+    run_program(lambda: train(parse(TrainConfig, sys.argv[1:], __doc__.splitlines()[0], {"quickstart": QUICKSTART})))

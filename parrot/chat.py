@@ -15,7 +15,7 @@ import re
 import sys
 from itertools import islice
 
-from parrot.console import UserError, printable, run, say
+from parrot.console import UserError, printable, run_program, say
 
 ROLES = ("system", "user", "assistant")
 
@@ -132,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -51,10 +51,11 @@ def describe(config, weights, data, more):
 
 
 class RunFolder:
-    """The files of one run in `path`."""
+    """The files of one run in `path`. Of several processes, only one `writes`."""
 
-    def __init__(self, path):
+    def __init__(self, path, writes=True):
         self.path = Path(path)
+        self.writes = writes
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoint"
 
@@ -74,6 +75,8 @@ class RunFolder:
 
     def open(self, about, resume):
         """Write run.json, or check on resume that nothing that matters is different."""
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if resume and (self.path / "run.json").is_file():
@@ -87,13 +90,15 @@ class RunFolder:
 
     def log(self, **values):
         """Add a line to metrics.jsonl."""
-        with self._writing(), open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        if self.writes:
+            with self._writing(), open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
 
     def save_best(self, model, tokenizer, dtype):
         """Make `model` the one that this folder holds."""
-        with self._writing():
-            save_model(self.path, model, tokenizer, dtype)
+        if self.writes:
+            with self._writing():
+                save_model(self.path, model, tokenizer, dtype)
 
     @contextmanager
     def _writing(self):
@@ -101,12 +106,16 @@ class RunFolder:
         try:
             yield
         except (OSError, safetensors.SafetensorError) as error:
-            saved = self._saved()
-            safe = (f"The checkpoint {saved[-1]} is whole: make room, then --resume goes on from it"
-                    if saved else "No checkpoint was written yet")
-            raise UserError(f"cannot write into {self.path}: {getattr(error, 'strerror', 0) or error}. {safe}.") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
 
-    def rewind_metrics(self, step):
+    def what_is_safe(self):
+        """A sentence for somebody whose run just broke off."""
+        saved = self._saved()
+        return (f"The checkpoint {saved[-1]} is whole: --resume goes on from it." if saved
+                else "No checkpoint was written yet.")
+
+    def _rewind_metrics(self, step):
         """Drop the lines that a resumed run will write again: all after `step` steps.
 
         An evaluation at `step` itself comes after the checkpoint of that step.
@@ -123,6 +132,8 @@ class RunFolder:
 
     def finish(self, **results):
         """Mark the run as finished and drop the checkpoint, which nobody needs any more."""
+        if not self.writes:
+            return
         with self._writing():
             write_json(self.path / "run.json", {**self.about, **results, "finished": True})
             shutil.rmtree(self.checkpoints)
@@ -139,7 +150,7 @@ class RunFolder:
         The order of the examples is a function of seed and step, and nothing else is random.
         """
         final = self.checkpoints / f"step-{progress.step:06d}"
-        if final.is_dir():  # stopped again before another step was done: it is all there
+        if not self.writes or progress.step == 0 or final.is_dir():  # nothing new to keep
             return
         tensors = {}
         for name, parameter in model.named_parameters():
@@ -179,7 +190,8 @@ class RunFolder:
                                for moment in ("exp_avg", "exp_avg_sq")}}
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path} cannot be used: {error}") from None
-        self.rewind_metrics(progress.step)
+        if self.writes:
+            self._rewind_metrics(progress.step)
         return progress
 
 

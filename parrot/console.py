@@ -4,6 +4,7 @@ A `UserError` is for what its reader can mend: what was wrong, where, and what t
 Anything else that goes wrong is our own fault and keeps its traceback.
 """
 
+import os
 import signal
 import sys
 
@@ -21,17 +22,17 @@ class Interrupted(Exception):
 
 
 def say(*lines):
-    """Print to stderr: stdout belongs to the model's replies."""
-    for line in lines:
+    """Print to stderr: stdout belongs to the model's replies. Of several processes, one speaks."""
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():
         print(line, file=sys.stderr, flush=True)
 
 
-def run(main):
+def run_program(main):
     """Run `main()` and leave with its exit status: 0; 1 UserError; 130 Ctrl-C, as shells have it."""
     try:
         main()
     except UserError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as interruption:
         say(str(interruption))

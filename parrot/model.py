@@ -143,6 +143,11 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
     def forward(self, tokens, place):
         """tokens (N,), place: a Ribbon or a KVCache's step -> hidden states (N, C)."""
         angles = rope_angles(place.positions, self.config.head_dim, self.config.rope_theta)

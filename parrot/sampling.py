@@ -46,10 +46,10 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or at
     the end of the model's context.
     """
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    device = model.device
     lengths = [len(prompt) for prompt in prompts]
     room = check_room(lengths, model.config, max_new_tokens)
-    cache = KVCache(model.config, len(prompts), max(lengths) + room, dtype, device)
+    cache = KVCache(model.config, len(prompts), max(lengths) + room, model.lm_head.weight.dtype, device)
     stop = torch.tensor(sorted(stop), device=device)
 
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)

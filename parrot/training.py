@@ -20,16 +20,15 @@ def loss_sum(model, batch):
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def accumulate_gradients(model, batches, dtype):
-    """Add to every .grad the gradient of the step's mean loss; returns that loss, nats a token.
+def accumulate_gradients(model, batches, supervised, dtype):
+    """Add to every .grad these ribbons' part of a step's mean loss; returns that part.
 
-    The supervised tokens of all ribbons are counted before the first backward, so however
-    the step is split into ribbons, the gradient is the same.
+    supervised: the supervised tokens of the whole step, on all ribbons, counted before the
+    first backward. So however the step is split, the parts add up to the same gradient.
     """
-    supervised = sum(len(batch.targets) for batch in batches)
     loss = 0.0
     for batch in batches:
-        with autocast(batch.tokens.device, dtype):
+        with autocast(model.device, dtype):
             share = loss_sum(model, batch) / supervised
         share.backward()
         loss += share.item()
@@ -37,19 +36,20 @@ def accumulate_gradients(model, batches, dtype):
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, max_tokens, dtype, should_stop=lambda: False):
+def held_out_loss(model, examples, max_tokens, dtype, processes, should_stop=lambda: False):
     """Mean loss over all supervised tokens of `examples`, in nats a token.
 
-    None where `should_stop()` turned true on the way.
+    None where `should_stop()` turned true on the way, in this process or another.
     """
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
-    for indices in tqdm(splits, desc="evaluating", leave=False):
+    total, count, stopped = 0.0, 0, 0
+    splits = processes.share(micro_batches(range(len(examples)), examples.lengths, None, max_tokens))
+    for indices in tqdm(splits, desc="evaluating", leave=False, disable=processes.rank > 0):
         if should_stop():
-            return None
-        batch = Batch.of(examples, indices, device)
-        with autocast(device, dtype):
+            stopped = 1
+            break
+        batch = Batch.of(examples, indices, model.device)
+        with autocast(model.device, dtype):
             total += loss_sum(model, batch).item()
         count += len(batch.targets)
-    return total / count
+    total, count, stopped = processes.sum(total, count, stopped)
+    return None if stopped else total / count

@@ -86,7 +86,7 @@ def test_metrics_are_rewound_to_the_checkpoint(folder):
             folder.log(step=step, val_loss=2.0)
     with open(folder.metrics, "a") as file:
         file.write('{"step": 6, "train_')
-    folder.rewind_metrics(3)
+    folder._rewind_metrics(3)
     assert folder.metrics.read_text().splitlines() == [f'{{"step": {n}, "train_loss": 1.0}}' for n in (1, 2, 3)]
 
 

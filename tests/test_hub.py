@@ -111,8 +111,8 @@ def find(server, tmp_path):
         SmallHub.requests.clear()
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **variables}
-        code = (f"from parrot import hub; from parrot.console import run\n"
-                f"run(lambda: print(hub.find_{kind}({name!r}).path))")
+        code = (f"from parrot import hub; from parrot.console import run_program\n"
+                f"run_program(lambda: print(hub.find_{kind}({name!r}).path))")
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     return find
 

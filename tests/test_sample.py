@@ -11,7 +11,7 @@ from conftest import tiny_model
 import sample
 from parrot import weights
 from parrot.chat import encode_prompt
-from parrot.console import run
+from parrot.console import run_program
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def ask(monkeypatch, capsys):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
         status = 0
         try:
-            run(sample.main)
+            run_program(sample.main)
         except SystemExit as error:
             status = error.code
         return (status, *capsys.readouterr())

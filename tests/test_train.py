@@ -18,6 +18,7 @@ import train
 from parrot.config import TrainConfig
 from parrot.console import UserError
 from parrot.data import examples_of_step, load_examples
+from parrot.distributed import Processes
 from parrot.optim import learning_rate
 
 
@@ -79,7 +80,7 @@ def test_the_best_by_held_out_loss_stays(config):
     from parrot.training import held_out_loss
     model, tokenizer = weights.load(c.out)
     _, held_out, _ = load_examples(c.data, tokenizer, c.max_length, c.val_fraction)
-    assert held_out_loss(model, held_out, 4096, torch.float32) == pytest.approx(best[0], rel=1e-6)
+    assert held_out_loss(model, held_out, 4096, torch.float32, Processes()) == pytest.approx(best[0], rel=1e-6)
 
 
 def test_what_the_run_folder_says(config, capsys):
@@ -175,6 +176,33 @@ def interrupt_after(monkeypatch, step):
     monkeypatch.setattr(train, "accumulate_gradients", accumulate)
 
 
+def test_interrupted_before_the_first_step(config, monkeypatch):
+    """During the first evaluation there is nothing to save, and resuming starts from the beginning."""
+    monkeypatch.setattr(train, "held_out_loss", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(train.Interrupted, match="after step 0"):
+        train.train(config())
+    monkeypatch.undo()
+    train.train(config(resume=True))
+    train.train(config(out=config().out + "-whole"))
+    assert weights_of(config().out) == weights_of(config().out + "-whole")
+    assert metrics(config().out) == metrics(config().out + "-whole")
+
+
+def test_two_processes_give_the_run_of_one(config, tmp_path):
+    """torchrun with gloo, a share of each step each; the last step of an epoch has one example."""
+    c = config(batch_size=31, val_fraction=0.2, epochs=3)
+    train.train(config(batch_size=31, epochs=3, out=str(tmp_path / "one")))
+    steps = [line["step"] for line in metrics(tmp_path / "one")]
+    assert len(set(steps)) == 7  # 32 examples: a step of 31 and one of 1, three times
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command(c)[1:]],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(c.out), metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = (load_file(os.path.join(folder, "model.safetensors")) for folder in (tmp_path / "one", c.out))
+    assert all((one[name] - two[name]).norm() <= 1e-4 * one[name].norm() for name in one)
+
+
 def test_an_unfinished_run_is_not_written_over(config, monkeypatch):
     interrupt_after(monkeypatch, 2)
     with pytest.raises(train.Interrupted):
@@ -195,7 +223,7 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_examples(config):
     c = config(learning_rate=1e30, min_learning_rate=1e30, grad_clip=0, save_every=1, epochs=3)
-    with pytest.raises(UserError, match=r"step \d+: the loss is .*records.jsonl:\d+, .*last checkpoint") as caught:
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*records.jsonl:\d+, .*is whole") as caught:
         train.train(c)
     assert str(caught.value).count("records.jsonl:") == 8
     assert any(name.startswith("step-") for name in os.listdir(os.path.join(c.out, "checkpoint")))

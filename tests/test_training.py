@@ -9,8 +9,14 @@ from transformers import AutoModelForCausalLM
 from parrot import weights
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
+from parrot.distributed import Processes
 from parrot.optim import make_optimizer
 from parrot.training import accumulate_gradients, held_out_loss, loss_sum
+
+
+def accumulate(model, batches, dtype=torch.float32):
+    """The gradient of a whole step in one process."""
+    return accumulate_gradients(model, batches, sum(len(batch.targets) for batch in batches), dtype)
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def gradients(model, examples, max_examples=None, max_tokens=None):
     model.zero_grad()
     batches = [Batch.of(examples, some) for some in
                micro_batches(range(64), examples.lengths, max_examples, max_tokens)]
-    loss = accumulate_gradients(model, batches, torch.float32)
+    loss = accumulate(model, batches)
     return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -73,7 +79,7 @@ def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_pa
     for step in range(6):
         indices = range(step * 10, step * 10 + 10)
         optimizer.zero_grad(), plain.zero_grad()
-        accumulate_gradients(model, [Batch.of(examples, indices[:3]), Batch.of(examples, indices[3:])], torch.float32)
+        accumulate(model, [Batch.of(examples, indices[:3]), Batch.of(examples, indices[3:])])
         reference_loss(reference, examples, indices).backward()
         for parameters in (model.parameters(), reference.parameters()):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -86,7 +92,7 @@ def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_pa
 def test_real_weights_have_the_loss_and_gradient_of_transformers(q4_folder, tokenizer, records_file):
     examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
     model = weights.load_model(q4_folder)
-    loss = accumulate_gradients(model, [Batch.of(examples, [0, 1]), Batch.of(examples, [2, 3, 4, 5])], torch.float32)
+    loss = accumulate(model, [Batch.of(examples, [0, 1]), Batch.of(examples, [2, 3, 4, 5])])
     reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
     expected = reference_loss(reference, examples, range(6))
     expected.backward()
@@ -100,10 +106,10 @@ def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
     examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
     model = weights.load_model(q4_folder)
     batch = Batch.of(examples, range(6))
-    exact = accumulate_gradients(model, [batch], torch.float32)
+    exact = accumulate(model, [batch])
     expected = model.model.layers[15].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
-    assert accumulate_gradients(model, [batch], torch.bfloat16) == pytest.approx(exact, rel=1e-2)
+    assert accumulate(model, [batch], torch.bfloat16) == pytest.approx(exact, rel=1e-2)
     assert close(model.model.layers[15].mlp.up_proj.weight.grad, expected, 0.1)
     assert model.model.layers[15].mlp.up_proj.weight.grad.dtype == torch.float32
 
@@ -114,11 +120,11 @@ def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(examples, tin
         alone = [(loss_sum(model, Batch.of(examples, [i])).item(), examples[i][1].sum()) for i in range(64)]
     mean = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
     for max_tokens in (1, 300, 10**6):
-        assert held_out_loss(model, examples, max_tokens, torch.float32) == pytest.approx(mean, rel=1e-5)
+        assert held_out_loss(model, examples, max_tokens, torch.float32, Processes()) == pytest.approx(mean, rel=1e-5)
 
 
 def test_held_out_loss_stops_when_asked(examples, tiny_folder):
-    assert held_out_loss(weights.load_model(tiny_folder), examples, 100, torch.float32, lambda: True) is None
+    assert held_out_loss(weights.load_model(tiny_folder), examples, 100, torch.float32, Processes(), lambda: True) is None
 
 
 def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
@@ -129,7 +135,7 @@ def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
     model = tiny_model()
     optimizer = make_optimizer(model, TrainConfig(learning_rate=2e-2))
     for _ in range(60):
-        accumulate_gradients(model, [Batch.of(examples, [0])], torch.float32)
+        accumulate(model, [Batch.of(examples, [0])])
         optimizer.step(), optimizer.zero_grad()
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tiny_tokenizer)
     steps = list(generate(model, [prompt], {tiny_tokenizer.control("<|im_end|>")}, max_new_tokens=20,
