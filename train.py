@@ -22,7 +22,7 @@ from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, printable, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import TOKENS_A_FORWARD, keep_freed_memory, pick_device
+from parrot.device import TOKENS_A_FORWARD, pick_device
 from parrot.distributed import Processes
 from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
@@ -209,5 +209,4 @@ def command_to_resume():
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     run_program(lambda: train(parse(TrainConfig, sys.argv[1:], __doc__.splitlines()[0], {"quickstart": QUICKSTART})))

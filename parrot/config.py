@@ -31,7 +31,8 @@ WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub
 @dataclass
 class TrainConfig:
     quickstart: bool = option(False, "preset for a laptop's CPU, minutes: --weights instruct-q4 --data "
-                              "quickstart --out out/quickstart --batch-size 16 --val-fraction 0.1")
+                              "quickstart --out out/quickstart --epochs 2 --batch-size 16 "
+                              "--learning-rate 2e-4 --val-fraction 0.1 --eval-every 15")
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: str = option("dolly", "what to train on: dolly | quickstart | a .jsonl, .json or "
                        ".parquet file | a Hub dataset id")
@@ -42,8 +43,8 @@ class TrainConfig:
     batch_size: int = option(64, "examples in one optimizer step", at_least=1)
     micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
                                           "fit --micro-batch-tokens", at_least=1, may_change=True)
-    micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 4096 on "
-                                            "CPU and MPS, 16384 on CUDA", at_least=1, may_change=True)
+    micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 2048 on "
+                                            "a CPU, 16384 on a GPU", at_least=1, may_change=True)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
     learning_rate: float = option(3e-4, "peak learning rate", above=0)
     min_learning_rate: float | None = option(None, "where the cosine ends; default: a tenth of "
@@ -79,9 +80,10 @@ class TrainConfig:
         return None
 
 
-# 16 examples a step: with the few examples of the quick start, 64 would leave too few steps.
-QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
-              "batch_size": 16, "val_fraction": 0.1}
+# Few examples: with 64 a step there would be too few steps, and a third epoch, or a higher
+# learning rate, only learned them by heart (held-out loss 2.32 instead of 2.12).
+QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart", "epochs": 2,
+              "batch_size": 16, "learning_rate": 2e-4, "val_fraction": 0.1, "eval_every": 15}
 
 
 @dataclass

@@ -8,16 +8,25 @@ from parrot.data import Batch, micro_batches
 from parrot.device import autocast
 
 
-def loss_sum(model, batch):
-    """The cross-entropy of a ribbon's supervised tokens, summed, in nats (a scalar).
+ROWS_AT_ONCE = 1024  # the logits of so many rows are 200 MB in float32; fewer rows are slower
 
-    A sum, because the mean over a *step* is wanted: the caller divides by the number of
-    supervised tokens of all its ribbons together. Means of means would weigh a token by
-    the company that it is in. Logits exist only for the S rows that have a target.
+
+def supervised_rows(model, batch, dtype):
+    """The hidden states (S, C) of the rows that have a target: logits of others are never needed."""
+    with autocast(model.device, dtype):
+        return model(batch.tokens, batch.ribbon)[batch.rows]
+
+
+def loss_sums(model, rows, targets, dtype):
+    """Yield the cross-entropy of rows (S, C) and targets (S,) in nats, summed, a piece at a time.
+
+    Sums, because the mean over a whole *step* is wanted: means of means would weigh a token
+    by the company that it is in.
     """
-    hidden_states = model(batch.tokens, batch.ribbon)  # (N, C)
-    logits = model.logits(hidden_states[batch.rows])  # (S, V)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE)):
+        with autocast(model.device, dtype):
+            logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
+        yield F.cross_entropy(logits.float(), some_targets, reduction="sum")
 
 
 def accumulate_gradients(model, batches, supervised, dtype):
@@ -28,10 +37,14 @@ def accumulate_gradients(model, batches, supervised, dtype):
     """
     loss = 0.0
     for batch in batches:
-        with autocast(model.device, dtype):
-            share = loss_sum(model, batch) / supervised
-        share.backward()
-        loss += share.item()
+        rows = supervised_rows(model, batch, dtype)  # (S, C)
+        # Logits are by far the largest tensors. So each piece is taken back to the rows at
+        # once and forgotten; the collected gradient then goes on through the network.
+        leaf = rows.detach().requires_grad_()
+        for piece in loss_sums(model, leaf, batch.targets, dtype):
+            (piece / supervised).backward()
+            loss += piece.item() / supervised
+        rows.backward(leaf.grad)
     return loss
 
 
@@ -48,8 +61,8 @@ def held_out_loss(model, examples, max_tokens, dtype, processes, should_stop=lam
             stopped = 1
             break
         batch = Batch.of(examples, indices, model.device)
-        with autocast(model.device, dtype):
-            total += loss_sum(model, batch).item()
+        rows = supervised_rows(model, batch, dtype)
+        total += sum(piece.item() for piece in loss_sums(model, rows, batch.targets, dtype))
         count += len(batch.targets)
     total, count, stopped = processes.sum(total, count, stopped)
     return None if stopped else total / count

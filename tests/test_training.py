@@ -6,12 +6,12 @@ import torch
 from conftest import some_records, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from parrot import weights
+from parrot import training, weights
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
 from parrot.distributed import Processes
 from parrot.optim import make_optimizer
-from parrot.training import accumulate_gradients, held_out_loss, loss_sum
+from parrot.training import accumulate_gradients, held_out_loss
 
 
 def accumulate(model, batches, dtype=torch.float32):
@@ -54,7 +54,9 @@ def close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("split", [(1, None), (4, None), (64, None), (None, 100), (None, 1000), (7, 500)])
-def test_any_split_gives_the_gradient_of_transformers(split, examples, tiny_folder):
+@pytest.mark.parametrize("rows_at_once", [5, 1024])
+def test_any_split_gives_the_gradient_of_transformers(split, rows_at_once, examples, tiny_folder, monkeypatch):
+    monkeypatch.setattr(training, "ROWS_AT_ONCE", rows_at_once)
     model = weights.load_model(tiny_folder)
     loss, grads = gradients(model, examples, *split)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
@@ -116,9 +118,9 @@ def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
 
 def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(examples, tiny_folder):
     model = weights.load_model(tiny_folder)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.no_grad():
-        alone = [(loss_sum(model, Batch.of(examples, [i])).item(), examples[i][1].sum()) for i in range(64)]
-    mean = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
+        mean = reference_loss(reference, examples, range(64)).item()
     for max_tokens in (1, 300, 10**6):
         assert held_out_loss(model, examples, max_tokens, torch.float32, Processes()) == pytest.approx(mean, rel=1e-5)
 
