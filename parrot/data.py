@@ -19,6 +19,7 @@ from parrot.console import UserError
 from parrot.records import read_conversations
 from parrot.shorten import fit
 
+
 def is_held_out(messages, fraction):
     """Whether a conversation is kept from training: by the hash of its prompt alone.
 

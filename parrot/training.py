@@ -7,7 +7,6 @@ from tqdm import tqdm
 from parrot.data import Batch, micro_batches
 from parrot.device import autocast
 
-
 ROWS_AT_ONCE = 1024  # the logits of so many rows are 200 MB in float32; fewer rows are slower
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from parrot.chat import encode_chat
 from parrot.console import UserError
-from parrot.data import (Batch, examples_of_step, is_held_out, load_examples, micro_batches,
-                         steps_an_epoch)
+from parrot.data import Batch, examples_of_step, is_held_out, load_examples, micro_batches, steps_an_epoch
 from parrot.records import to_messages
 
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
