@@ -5,6 +5,7 @@ name of the field, and a tensor that is missing, left over or of another shape w
 name: a model that is only nearly right answers nonsense and tells nobody why.
 """
 
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -46,17 +47,18 @@ def read_config(folder):
             raise UserError(f"{path}: model_type is missing")
         if value not in values:
             raise UserError(f"{path}: {field} is {value!r:.60}; LittleParrot supports only {values[0]!r}")
-    heads = raw.get("num_attention_heads")
+    heads, size = raw.get("num_attention_heads"), raw.get("hidden_size")
     defaults = {  # those of the Llama architecture, for fields that a config.json may leave out
         "num_key_value_heads": heads,
-        "head_dim": raw["hidden_size"] // heads if raw.get("hidden_size") and heads else None,
+        "head_dim": size // heads if isinstance(size, int) and isinstance(heads, int) and heads else None,
         "rope_theta": rope.get("rope_theta", 10000.0),
         "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
     values = {}
     for field, kind in LlamaConfig.__annotations__.items():
         value = raw.get(field)
         value = defaults.get(field) if value is None else value
-        right = isinstance(value, (int, float)) and isinstance(value, bool) == (kind is bool)
+        right = (isinstance(value, (int, float)) and math.isfinite(value)
+                 and isinstance(value, bool) == (kind is bool))
         if not right or (kind is not bool and value <= 0) or (kind is int and value != int(value)):
             raise UserError(f"{path}: {field} is {value!r:.60}, expected "
                             f"{'true or false' if kind is bool else f'a positive {kind.__name__}'}")
@@ -106,7 +108,10 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
                     if name.endswith("rotary_emb.inv_freq"):  # older folders: computed, not learned
                         continue
                     _check_shape(path, name, file.get_slice(name).get_shape(), expected, config)
-                    tensors[name] = file.get_tensor(name).to(device, dtype)
+                    tensor = file.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise UserError(f"{path}: tensor {name} holds {tensor.dtype}, not floating-point numbers")
+                    tensors[name] = tensor.to(device, dtype)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         except SafetensorError as error:

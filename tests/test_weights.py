@@ -89,7 +89,8 @@ def test_a_config_in_the_style_of_transformers_5(folder):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": -3}, "hidden_size"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"hidden_size": -3}, "hidden_size"), ({"hidden_size": "48", "head_dim": None}, "hidden_size"),
+    ({"rope_theta": float("nan")}, "rope_theta"), ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"), ({"vocab_size": "many"}, "vocab_size"),
     ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
 def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, field):
@@ -107,6 +108,7 @@ NAME = "model.layers.1.self_attn.k_proj.weight"
     (lambda t: t.update({NAME[:-6] + "bias": torch.zeros(16)}), f"tensor {NAME[:-6]}bias has no place"),
     (lambda t: t.update({NAME: torch.zeros(16, 31)}), f"tensor {NAME} is \\[16, 31\\]"),
     (lambda t: t[NAME].__setitem__((3, 4), float("nan")), f"tensor {NAME} contains NaN"),
+    (lambda t: t.update({NAME: torch.zeros(16, 48, dtype=torch.int8)}), f"tensor {NAME} holds torch.int8"),
     (lambda t: t.update({"lm_head.weight": torch.zeros(320, 48)}), "lm_head.weight differs")])
 def test_tensors_that_do_not_fit_are_refused_by_name(folder, edit, message):
     edit_tensors(folder, edit)
