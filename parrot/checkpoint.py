@@ -65,10 +65,10 @@ class RunFolder:
             raise UserError(f"--out {self.path} is a file")
         about = read_json(self.path / "run.json") if (self.path / "run.json").is_file() else None
         if resume:
-            if about and about["finished"]:
+            if about and about.get("finished"):
                 raise UserError(f"the run in {self.path} is finished: there is nothing to resume")
         elif about:
-            state = "a finished run" if about["finished"] else "an unfinished run (--resume goes on)"
+            state = "a finished run" if about.get("finished") else "an unfinished run (--resume goes on)"
             raise UserError(f"{self.path} holds {state}. Choose another --out, or delete that folder.")
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a run's folder. Choose another --out.")
@@ -159,6 +159,7 @@ class RunFolder:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
         temporary = self.checkpoints / "unfinished"
         with self._writing():
+            flush(self.metrics)  # its lines up to here will not be written again
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             save_file(tensors, temporary / "tensors.safetensors")

@@ -28,11 +28,14 @@ def say(*lines):
 
 
 def run_program(main):
-    """Run `main()` and leave with its exit status: 0; 1 UserError; 130 Ctrl-C, as shells have it."""
+    """Run `main()` and leave with its exit status: 0, 1 (an error in words) or 130 (Ctrl-C)."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a disk, a folder or a pipe that refuses
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as interruption:
         say(str(interruption))
