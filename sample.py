@@ -127,7 +127,7 @@ def tell_if_cut(speaker, prompt_lengths, written, config):
 def chat(speaker, config):
     """A conversation that remembers its turns, until an empty line, Ctrl-D or Ctrl-C."""
     if not speaker.chats:
-        raise UserError(f"{speaker.name} cannot chat: it has no chat template. Give a --prompt to go on with.")
+        raise UserError("a chat needs a model with a chat template, and not --format plain. Give a --prompt to go on with.")
     say(f"Chatting with {speaker.name}. An empty line ends the chat.")
     messages = []
     while True:
@@ -141,7 +141,11 @@ def chat(speaker, config):
         while len(prompt := prompt_tokens(speaker, messages)) > context * 3 // 4 and len(messages) > 1:
             messages = messages[2:]  # the oldest question and its reply
             say("[the oldest turn is forgotten: the context is full]")
-        messages.append({"role": "assistant", "content": stream(speaker, prompt, config)})
+        try:
+            messages.append({"role": "assistant", "content": stream(speaker, prompt, config)})
+        except UserError as error:  # it does not fit: the chat goes on without it
+            say(f"[{error}]")
+            messages.pop()
 
 
 def numbered(texts):

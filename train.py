@@ -81,7 +81,10 @@ def train(config):
             processes.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             if not math.isfinite(loss + grad_norm):
-                raise diverged(run, loss, grad_norm, indices)
+                names = ", ".join(run.train_set.sources[index] for index in indices)
+                raise diverged(run, f"the loss is {loss} and the gradient's length {grad_norm}. Its examples: {names}")
+            if progress.step % config.save_every == 0:  # here, where a finite loss shows that the weights are good
+                run.folder.save(model, optimizer, progress)
             rate = learning_rate(progress.step, run.total_steps, config.learning_rate,
                                  config.min_learning_rate, config.warmup_ratio)
             for group in optimizer.param_groups:
@@ -98,8 +101,6 @@ def train(config):
                            tokens_per_second=round(tokens / seconds, 1), seconds=round(progress.seconds, 2))
             bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {tokens / seconds:.0f} tokens/s", refresh=False)
             bar.update()
-            if progress.step % config.save_every == 0 and progress.step < run.total_steps:
-                run.folder.save(model, optimizer, progress)
     finish(run)
 
 
@@ -112,7 +113,7 @@ def set_up(config):
     max_tokens = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
 
     with processes.one_after_the_other():  # the first may have to download
-        weights_from, data_from = hub.find_weights(config.weights), hub.find_data(config.data)
+        data_from, weights_from = hub.find_data(config.data), hub.find_weights(config.weights)
     model, tokenizer = weights.load(weights_from.path, torch.float32, device)
     train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
                                                config.val_fraction, config.skip_bad_records)
@@ -146,6 +147,8 @@ def evaluate(run, stop, bar):
     loss = held_out_loss(run.model, run.val_set, run.max_tokens, run.dtype, run.processes, lambda: stop.status)
     if loss is None:
         return
+    if not math.isfinite(loss):
+        raise diverged(run, f"the held-out loss is {loss}")
     progress.seconds += time.perf_counter() - started
     if progress.step == 0:
         progress.first_loss = loss
@@ -153,7 +156,8 @@ def evaluate(run, stop, bar):
         progress.best_loss = loss
         run.folder.save_best(run.model, run.tokenizer, run.dtype)
     run.folder.log(step=progress.step, epoch=epoch_of(run), val_loss=loss, seconds=round(progress.seconds, 2))
-    bar.write(f"step {progress.step}: held-out loss {loss:.4f}", file=sys.stderr)
+    if run.processes.rank == 0:
+        bar.write(f"step {progress.step}: held-out loss {loss:.4f}", file=sys.stderr)
 
 
 def finish(run):
@@ -194,18 +198,17 @@ def epoch_of(run):
     return round(run.progress.step / steps_an_epoch(run.train_set, run.config.batch_size), 4)
 
 
-def diverged(run, loss, grad_norm, indices):
-    """The error for a step whose loss or gradient is not a finite number."""
-    names = ", ".join(run.train_set.sources[index] for index in indices)
-    return UserError(f"step {run.progress.step + 1}: the loss is {loss} and the gradient's length {grad_norm}. "
-                     f"Its examples: {names}. The weights were not changed; {run.folder.what_is_safe()} "
-                     "A lower --learning-rate usually helps.")
+def diverged(run, what):
+    """The error for a loss that is not a finite number."""
+    return UserError(f"step {run.progress.step + 1}: {what}. {run.folder.what_is_safe()} If it happens again, start "
+                     "anew with a lower --learning-rate and another --out.")
 
 
 def command_to_resume():
     """The command line of this run, with --resume."""
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return shlex.join(["python", "train.py", *arguments, "--resume"])
+    arguments = [a for a in sys.argv if a != "--resume"]
+    start = ["python"] if Processes().size == 1 else ["torchrun", f"--nproc_per_node={Processes().size}"]
+    return shlex.join([*start, *arguments, "--resume"])
 
 
 if __name__ == "__main__":

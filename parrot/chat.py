@@ -117,7 +117,7 @@ def coloured(tokens, supervised, tokenizer, colour=True):
 
 
 def main():
-    """python -m parrot.chat FILE [MODEL]: the first records of FILE as the model sees them."""
+    """python -m parrot.chat FILE [MODEL]: the first five records of FILE, supervised tokens marked."""
     from parrot import hub, records  # they build on this module; only this view needs them
     from parrot.tokenizer import Tokenizer
     if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):

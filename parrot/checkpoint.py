@@ -65,7 +65,9 @@ class RunFolder:
             raise UserError(f"--out {self.path} is a file")
         about = read_json(self.path / "run.json") if (self.path / "run.json").is_file() else None
         if resume:
-            if about and about.get("finished"):
+            if about is None:
+                raise UserError(f"{self.path} holds no run to resume")
+            if about.get("finished"):
                 raise UserError(f"the run in {self.path} is finished: there is nothing to resume")
         elif about:
             state = "a finished run" if about.get("finished") else "an unfinished run (--resume goes on)"
@@ -79,7 +81,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if resume and (self.path / "run.json").is_file():
+            if resume:
                 check_same(read_json(self.path / "run.json"), about)
             write_json(self.path / "run.json", about)
             self.checkpoints.mkdir(exist_ok=True)

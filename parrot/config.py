@@ -44,7 +44,7 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
                                           "fit --micro-batch-tokens", at_least=1, may_change=True)
     micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 2048 on "
-                                            "a CPU, 16384 on a GPU", at_least=1, may_change=True)
+                                            "a CPU, 16384 with CUDA", at_least=1, may_change=True)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
     learning_rate: float = option(3e-4, "peak learning rate", above=0)
     min_learning_rate: float | None = option(None, "where the cosine ends; default: a tenth of "
@@ -100,7 +100,7 @@ class SampleConfig:
                           "probability", above=0, at_most=1)
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
     num_samples: int = option(1, "replies to the prompt", at_least=1)
-    seed: int | None = option(None, "the same seed gives the same reply", at_least=0)
+    seed: int | None = option(None, "the same seed gives the same reply", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "where to compute", choices=DEVICES)
     dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
 

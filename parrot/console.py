@@ -29,10 +29,22 @@ def say(*lines):
 
 def run_program(main):
     """Run `main()` and leave with its exit status: 0, 1 (an error in words) or 130 (Ctrl-C)."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:  # torch's own errors have no class of their own on a CPU
+        if not isinstance(error, MemoryError) and not any(
+                words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        print("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
+              "--max-new-tokens in sampling", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our words has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a disk, a folder or a pipe that refuses
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""What the machine can do, and how it is asked: device, autocast, memory."""
+"""What the machine can do, and how it is asked: device, and type of the matrix products."""
 
 import contextlib
+import os
 
 import torch
 
@@ -17,7 +18,10 @@ def pick_device(name):
         name = next(device for device, is_here in here.items() if is_here)
     if not here[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has no {name}")
-    return torch.device(name)
+    index = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: each process its own GPU
+    if name == "cuda" and index >= torch.cuda.device_count():
+        raise UserError(f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+    return torch.device(name, index) if name == "cuda" else torch.device(name)
 
 
 def autocast(device, dtype):

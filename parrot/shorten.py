@@ -16,7 +16,7 @@ def fit(messages, tokenizer, max_length):
     if len(tokens) <= max_length:
         return tokens, supervised, ""
     for key, floor in (("context", 0), ("content", SHORTEST_PROMPT)):
-        messages = _shorten_longest(messages, key, floor, tokenizer, max_length)
+        messages = _shorten(messages, key, floor, tokenizer, max_length)
         tokens, supervised = encode_chat(messages, tokenizer)
         if len(tokens) <= max_length:
             return tokens, supervised, "context"
@@ -24,19 +24,14 @@ def fit(messages, tokenizer, max_length):
     return tokens[:max_length], supervised[:max_length], cut
 
 
-def _shorten_longest(messages, key, floor, tokenizer, max_length):
-    """Cut the middle out of the longest user text under `key`, no more than it takes."""
-    candidates = [i for i, m in enumerate(messages)
-                  if m["role"] == "user" and len(m.get(key, "")) > floor]
-    if not candidates:
-        return messages
-    i = max(candidates, key=lambda i: len(messages[i][key]))
-
+def _shorten(messages, key, floor, tokenizer, max_length):
+    """Cut the middle out of the user's longest texts under `key`, no more than it takes."""
     def keeping(count):
-        return [*messages[:i], {**messages[i], key: without_middle(messages[i][key], count)},
-                *messages[i + 1:]]
+        return [{**m, key: without_middle(m[key], count)} if m["role"] == "user" and m.get(key) else m
+                for m in messages]
 
-    low, high = floor, min(len(messages[i][key]), 32 * max_length)  # characters to keep
+    longest = max((len(m.get(key, "")) for m in messages if m["role"] == "user"), default=0)
+    low, high = floor, max(floor, min(longest, 32 * max_length))  # characters to keep of each
     while low < high:  # the most that fits; tokens grow with characters
         middle = (low + high + 1) // 2
         fits = len(encode_chat(keeping(middle), tokenizer)[0]) <= max_length

@@ -46,7 +46,9 @@ class Tokenizer:
             template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a JSON object: {error}") from None
-        return template if isinstance(template, str) else None
+        if isinstance(template, list):  # several, by name
+            template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        return template
 
     def control(self, name):
         """The id of a control token; UserError where the tokenizer has no such token."""

@@ -88,6 +88,12 @@ def test_a_long_chat_forgets_its_oldest_turns(ask, tiny_folder):
     assert status == 0 and err.count("you> ") == 7 and "oldest turn is forgotten" in err
 
 
+def test_a_line_that_does_not_fit_does_not_end_the_chat(ask, tiny_folder):
+    status, out, err = ask("--model", tiny_folder, "--temperature", 0, "--max-new-tokens", 3,
+                           stdin="1 " * 600 + "\nHi\n\n")
+    assert status == 0 and "the model's context holds 512" in err and err.count("you> ") == 3 and out
+
+
 def test_before_anything_was_trained(ask, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = ask("--prompt", "Hi")
@@ -119,5 +125,5 @@ def test_a_chat_needs_a_chat_template(ask, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "base")
     (tmp_path / "base" / "tokenizer_config.json").unlink()
     status, _, err = ask("--model", tmp_path / "base")
-    assert status == 1 and "no chat template" in err
+    assert status == 1 and "needs a model with a chat template" in err
     assert ask("--model", tmp_path / "base", "--prompt", "Once", *SHORT)[0] == 0

@@ -42,3 +42,11 @@ def test_without_middle_keeps_both_ends():
     for count in range(1, 12):
         shorter = without_middle("0123456789", count).replace(" … ", "")
         assert len(shorter) == min(count, 10) and "0123456789".startswith(shorter[:(count + 1) // 2])
+
+
+def test_several_long_turns_all_lose_their_middle_before_a_reply_loses_its_end(tokenizer):
+    messages = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "One."},
+                {"role": "user", "content": LONG}, {"role": "assistant", "content": "Two."}]
+    tokens, supervised, cut = fit(messages, tokenizer, 700)
+    assert cut == "context" and 690 <= len(tokens) <= 700
+    assert tokenizer.decode_with_control([t for t, s in zip(tokens, supervised) if s]) == "One.<|im_end|>Two.<|im_end|>"

@@ -136,7 +136,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(number, status, config, tmp_pat
     told = process.communicate()[1]
     assert process.returncode == status and "Traceback" not in told
     if number != signal.SIGKILL:
-        assert "to go on: python train.py" in told and "--resume" in told
+        assert "to go on: python" in told and "train.py" in told and "--resume" in told
     step = len([line for line in metrics(c.out) if "train_loss" in line])
     assert step < 160
     done = subprocess.run(command(c, "--resume"), capture_output=True, text=True, cwd=tmp_path)
@@ -223,10 +223,35 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_examples(config):
     c = config(learning_rate=1e30, min_learning_rate=1e30, grad_clip=0, save_every=1, epochs=3)
-    with pytest.raises(UserError, match=r"step \d+: the loss is .*records.jsonl:\d+, .*is whole") as caught:
-        train.train(c)
+    with pytest.raises(UserError, match=r"step 2: the loss is .*records.jsonl:\d+, .*No checkpoint was written") as caught:
+        train.train(c)  # the weights after step 1 are ruined, so they were not saved
     assert str(caught.value).count("records.jsonl:") == 8
-    assert any(name.startswith("step-") for name in os.listdir(os.path.join(c.out, "checkpoint")))
+    assert os.listdir(os.path.join(c.out, "checkpoint")) == []
+
+
+def test_a_held_out_loss_that_is_not_finite_keeps_no_model(config):
+    c = config(learning_rate=3e38, min_learning_rate=3e38, grad_clip=0, max_steps=1)
+    with pytest.raises(UserError, match="held-out loss is nan"):
+        train.train(c)
+    assert not os.path.exists(os.path.join(c.out, "model.safetensors")) and len(metrics(c.out)) == 2
+
+
+def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
+    original, calls = train.accumulate_gradients, []
+    monkeypatch.setattr(train, "accumulate_gradients",
+                        lambda *args: calls.append(1) or original(*args) + (float("nan") if len(calls) == 6 else 0))
+    with pytest.raises(UserError, match="step 6: the loss is nan.*step-000004 is whole"):
+        train.train(config())
+    monkeypatch.undo()
+    train.train(config(resume=True))
+    train.train(config(out=config().out + "-whole"))
+    assert weights_of(config().out) == weights_of(config().out + "-whole")
+
+
+def test_there_is_nothing_to_resume(config, tmp_path):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        train.train(config(resume=True))
+    assert not os.path.exists(config().out)
 
 
 def test_bad_data_from_the_command_line(config, tmp_path):

@@ -116,6 +116,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, edit, message):
         weights.load_model(folder)
 
 
+def test_a_tied_model_with_only_a_head_is_refused(folder):
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    with pytest.raises(UserError, match="lm_head.weight differs"):
+        weights.load_model(folder)
+
+
 def test_what_is_harmless_is_accepted(folder):
     """A copy of the tied head, and the buffers that old versions of transformers saved."""
     edit_tensors(folder, lambda t: t.update({
