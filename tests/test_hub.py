@@ -173,7 +173,7 @@ def test_an_unreachable_hub_is_one_clear_message(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     told = message_of(done)
     assert told.count("\n") == 1
-    for words in ("wanted the model HuggingFaceTB/SmolLM2-135M", "cannot be reached", "--quickstart", "data file"):
+    for words in ("wanted the dataset databricks/databricks-dolly-15k", "cannot be reached", "--quickstart", "data file"):
         assert words in told
     assert not (tmp_path / "out").exists()
 
