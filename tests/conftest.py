@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # a slow machine is no fault
+settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
