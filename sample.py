@@ -38,6 +38,7 @@ class Speaker:
 
 
 def main():
+    """Read the command line, and answer in the form that it asks for."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     names = config.compare or [config.model or newest_run()]
     if config.prompt is None:

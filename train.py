@@ -53,6 +53,7 @@ class Run:
 
 
 def train(config):
+    """Train as `config` says and leave the best model in its folder. UserError, Interrupted."""
     run = set_up(config)
     model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
     if progress.step == 0 and processes.rank == 0:

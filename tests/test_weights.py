@@ -127,7 +127,8 @@ def test_what_is_harmless_is_accepted(folder):
     edit_tensors(folder, lambda t: t.update({
         "lm_head.weight": t["model.embed_tokens.weight"].clone(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    weights.load_model(folder)
+    loaded = weights.load_model(folder)
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), tiny_model().parameters()))
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b[:-100], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * 8 + b[8:],
