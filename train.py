@@ -19,6 +19,7 @@ from tqdm import tqdm
 from parrot import hub, weights
 from parrot.chat import default_system, encode_prompt
 from parrot.checkpoint import Progress, RunFolder, describe
+from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, printable, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
@@ -120,13 +121,15 @@ def set_up(config):
                                                config.val_fraction, config.skip_bad_records)
     total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
+    tokens = total_steps * config.batch_size * train_set.lengths.mean()
+    compiled = compile_blocks(model, config.compile, tokens)
     optimizer = make_optimizer(model, config)
     say(f"{len(train_set)} examples to train on, {len(val_set)} held out, {total_steps} steps on {device}, "
-        f"up to {max_tokens} tokens in a forward", *str(counts).splitlines())
+        f"up to {max_tokens} tokens in a forward{', compiled' if compiled else ''}", *str(counts).splitlines())
 
     about = describe(config, weights_from, data_from, {
         "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(), "device": str(device),
-        "processes": processes.size, "micro_batch_tokens": max_tokens, "steps": total_steps})
+        "compiled": compiled, "processes": processes.size, "micro_batch_tokens": max_tokens, "steps": total_steps})
     with processes.one_after_the_other():
         folder.open(about, config.resume)
         progress = folder.restore(model, optimizer) if config.resume else Progress()

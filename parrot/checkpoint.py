@@ -72,7 +72,7 @@ class RunFolder:
         elif about:
             state = "a finished run" if about.get("finished") else "an unfinished run (--resume goes on)"
             raise UserError(f"{self.path} holds {state}. Choose another --out, or delete that folder.")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(each.suffix != ".part" for each in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a run's folder. Choose another --out.")
 
     def open(self, about, resume):

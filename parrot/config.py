@@ -58,6 +58,8 @@ class TrainConfig:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
     dtype: str = option("bfloat16", "type of the matrix products (autocast) and of the saved "
                         "model; the weights that are trained are float32", choices=DTYPES)
+    compile: str = option("auto", "torch.compile what is not attention; auto: where it works and the run "
+                          "is long enough to earn it back", choices=("auto", "on", "off"), may_change=True)
     eval_every: int = option(50, "steps between two held-out losses", at_least=1)
     save_every: int = option(50, "steps between two checkpoints", at_least=1, may_change=True)
     val_fraction: float = option(0.02, "share of the examples held out; 0: none, and the last "

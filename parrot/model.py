@@ -78,12 +78,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, layer, place, angles):
+    def project(self, x, cos, sin):
+        """x (N, C) -> what every token asks, is found by, and tells."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        y = place.attend(layer, rotate(q, *angles), rotate(k, *angles), v)  # (N, H, D)
-        return self.o_proj(y.flatten(-2))  # (N, C)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -110,9 +110,20 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, place, angles):
-        x = x + self.self_attn(self.input_layernorm(x), layer, place, angles)
+    # The halves before and after `attend` treat every token alone, whatever sequence it is in,
+    # so they are what compiling.py compiles.
+
+    def before_attention(self, x, cos, sin):
+        """x (N, C) -> q (N, H, D), k and v (N, K, D)."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, y):
+        """x (N, C) and what attention brought, y (N, H, D) -> the next block's x (N, C)."""
+        x = x + self.self_attn.o_proj(y.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, layer, place, angles):
+        return self.after_attention(x, place.attend(layer, *self.before_attention(x, *angles)))
 
 
 class LlamaBody(nn.Module):

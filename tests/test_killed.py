@@ -1,0 +1,211 @@
+"""Runs that die: killed at any moment, or by a full disk, they resume to the same bytes.
+
+The runs are processes of their own, forked from one that has imported everything already, so
+that each takes a fraction of a second.
+"""
+
+import io
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import resource
+import signal
+import sys
+import time
+
+import pytest
+import torch._dynamo  # noqa: F401  (the first optimizer would import it, slowly)
+from conftest import some_records
+
+import train
+from parrot import checkpoint, weights
+from parrot.config import TrainConfig
+from parrot.console import run_program
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["test_killed"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """Started with a path on which it finds this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
+
+
+class Training(FORK.Process):
+    """A training run in a process of its own, from `prepare(*arguments)` on."""
+
+    def __init__(self, config, prepare=None, *arguments):
+        super().__init__()
+        self.config, self.prepare, self.arguments = config, prepare, arguments
+        self.told, self.sender = FORK.Pipe(duplex=False)
+        self.start()
+
+    def run(self):
+        sys.stderr = io.StringIO()
+        if self.prepare:
+            self.prepare(*self.arguments)
+        try:
+            run_program(lambda: train.train(self.config))
+        finally:
+            self.sender.send((len(TOUCHES), sys.stderr.getvalue()))
+
+    def finish(self):
+        """Wait for the end -> (exit status, times that it touched the disk, its words)."""
+        self.join(120)
+        return self.exitcode, *(self.told.recv() if self.told.poll() else (None, ""))
+
+
+def resumed(config):
+    """The settings to go on with: --resume where the first start got far enough to write run.json."""
+    config.resume = os.path.exists(os.path.join(config.out, "run.json"))
+    return config
+
+
+# ---- ways to die
+
+TOUCHES = []  # what the run did to the disk so far
+
+
+def at_touch(number, action, *arguments):
+    """Call `action(*arguments)` just before the run changes something on the disk for the `number`-th time."""
+    def hook(event, about):
+        writes = event == "open" and isinstance(about[2], int) and about[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
+            TOUCHES.append(event)
+            if len(TOUCHES) == number:
+                action(*arguments)
+    sys.addaudithook(hook)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_file_larger_than(size):
+    """A limit of the kernel: writing past it fails, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def die_half_way_through(number, share):
+    """Die when `share` of the `number`-th tensor file is on the disk."""
+    written = []
+
+    def dying(save_file):
+        def save(tensors, path, **more):
+            save_file(tensors, path, **more)
+            written.append(path)
+            if len(written) == number:
+                os.truncate(path, int(os.path.getsize(path) * share))
+                die()
+        return save
+    checkpoint.save_file, weights.save_file = dying(checkpoint.save_file), dying(weights.save_file)
+
+
+# ---- the runs
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def config(request, tiny_folder, tmp_path, records_file):
+    """A function that makes the settings of a small run that evaluates and saves often."""
+    data = records_file(some_records(24))
+
+    def config(name="out", **changes):
+        return TrainConfig(**{"weights": str(tiny_folder), "data": str(data), "out": str(tmp_path / name),
+                              "epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "val_fraction": 0.3,
+                              "eval_every": 3, "save_every": 2, "dtype": request.param, "device": "cpu", **changes})
+    return config
+
+
+def outcome(folder):
+    """What must be the same: the bytes of the model, and the metrics but for times."""
+    lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
+    return ([{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines],
+            open(os.path.join(folder, "model.safetensors"), "rb").read())
+
+
+@pytest.fixture
+def whole(config, tmp_path):
+    """(outcome, seconds, touches of the disk) of the run that nothing stopped."""
+    Training(config("warm")).finish()  # the first one waits for the imports
+    began = time.monotonic()
+    status, touches, told = Training(config("whole"), at_touch, 0, die).finish()
+    assert status == 0, told
+    seconds = time.monotonic() - began
+    return outcome(tmp_path / "whole"), seconds, touches
+
+
+def go_on_to_the_end(config, whole):
+    """Resume, if it is not finished, and compare."""
+    if not finished(config):
+        status, _, told = Training(resumed(config)).finish()
+        assert status == 0, told
+    assert outcome(config.out) == whole[0]
+
+
+def finished(config):
+    path = os.path.join(config.out, "run.json")
+    return os.path.exists(path) and json.load(open(path, encoding="utf-8"))["finished"]
+
+
+def test_killed_at_random_moments(config, whole):
+    """20 kills, in whatever the run does: reading, a step, an evaluation; two in a row."""
+    chance, kills = random.Random(0), 0
+    for number in range(10):
+        c = config(f"run-{number}")
+        while kills < 2 * (number + 1):
+            if finished(c):  # before it died twice
+                c = config(f"run-{number}-{kills}")
+            process = Training(resumed(c))
+            time.sleep(chance.uniform(0, whole[1]))
+            process.kill()
+            kills += process.finish()[0] == -9
+        go_on_to_the_end(c, whole)
+
+
+def test_killed_while_writing(config, whole):
+    """20 of the moments before something is opened, renamed or deleted on the disk; two in each run."""
+    moments = random.Random(1).sample(range(1, whole[2] + 1), 20)
+    for number in range(10):
+        dead_at(moments[2 * number:2 * number + 2], config(f"run-{number}"), whole)
+
+
+def dead_at(moments, c, whole):
+    for moment in moments:
+        if not finished(c):
+            status, _, told = Training(resumed(c), at_touch, moment, die).finish()
+            assert status in (-9, 0), told
+    go_on_to_the_end(c, whole)
+
+
+@pytest.mark.parametrize("number, share", [(1, 0), (2, 0.5), (3, 0.99), (5, 0.3)])
+def test_killed_half_way_through_a_tensor_file(number, share, config, whole):
+    c = config()
+    assert Training(c, die_half_way_through, number, share).finish()[0] == -9
+    go_on_to_the_end(c, whole)
+
+
+def test_the_disk_fills(config, whole):
+    """At any moment: an error in words, and what was saved resumes once there is room again."""
+    for moment in random.Random(2).sample(range(2, whole[2]), 6):
+        full_at(moment, config(f"full-{moment}"), whole)
+
+
+def full_at(moment, c, whole):
+    status, _, told = Training(c, at_touch, moment, no_file_larger_than, 200).finish()
+    assert "Traceback" not in told
+    if status:  # else only small things were left to write
+        assert status == 1 and "cannot write into" in told and "File too large" in told
+        assert "is whole: --resume goes on" in told or "No checkpoint was written yet" in told
+    go_on_to_the_end(c, whole)
+
+
+@pytest.mark.long
+def test_killed_and_full_at_every_touch_of_the_disk(config, whole):
+    for moment in range(1, whole[2] + 1):
+        dead_at([moment], config(f"killed-{moment}"), whole)
+        full_at(moment, config(f"full-{moment}"), whole)
