@@ -79,15 +79,13 @@ class RunFolder:
         """Write run.json, or check on resume that nothing that matters is different."""
         if not self.writes:
             return
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             if resume:
                 check_same(read_json(self.path / "run.json"), about)
             write_json(self.path / "run.json", about)
             self.checkpoints.mkdir(exist_ok=True)
             self.metrics.touch()
-        except OSError as error:
-            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from None
         self.about = about
 
     def log(self, **values):
@@ -194,7 +192,8 @@ class RunFolder:
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path} cannot be used: {error}") from None
         if self.writes:
-            self._rewind_metrics(progress.step)
+            with self._writing():
+                self._rewind_metrics(progress.step)
         return progress
 
 

@@ -24,7 +24,7 @@ class Interrupted(Exception):
 def say(*lines):
     """Print to stderr: stdout belongs to the model's replies. Of several processes, one speaks."""
     for line in lines if os.environ.get("RANK", "0") == "0" else ():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def run_program(main):
@@ -34,7 +34,7 @@ def run_program(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:  # torch's own errors have no class of their own on a CPU
         if not isinstance(error, MemoryError) and not any(

@@ -43,7 +43,7 @@ class Found:
 
 def find_weights(name):
     """A name that --weights takes -> Found, its path a model folder."""
-    path = Path(name).expanduser()
+    path = _local(name)
     if name in HUB_MODELS:
         return _hub_model(name, HUB_MODELS[name])
     if name == "instruct-q4":
@@ -59,6 +59,10 @@ def find_weights(name):
     return _hub_model(name, _hub_id(name, "base, instruct, instruct-q4"))
 
 
+def _local(name):
+    return Path(os.path.expanduser(name))  # Path.expanduser raises where ~somebody is nobody
+
+
 def _hub_model(name, repo):
     folder = _from_hub(repo, "model", lambda names: [
         n for n in names if any(fnmatch(n, pattern) for pattern in MODEL_FILES)])
@@ -67,7 +71,7 @@ def _hub_model(name, repo):
 
 def find_data(name):
     """A name that --data takes -> Found, its path a data file."""
-    path = Path(name).expanduser()
+    path = _local(name)
     if name == "quickstart":
         return Found(QUICKSTART_DATA, {"name": name, "from": "this project"})
     if name not in HUB_DATA and path.is_file():

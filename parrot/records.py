@@ -12,6 +12,8 @@ from pathlib import Path
 from parrot.chat import ROLES
 from parrot.console import UserError
 
+LONGEST = 1_000_000  # characters: a conversation, not a library; tokenising 50 MB took 90 s and 11 GB
+
 SHAPES = ("instruction and response (Dolly; context may be added), messages, prompt and "
           "completion, or instruction and output (Alpaca; input may be added)")
 
@@ -38,7 +40,7 @@ def read_conversations(path, bad=None):
         records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
         for source, parse in records:
             try:
-                yield Conversation(to_messages(parse()), source)
+                yield Conversation(_of_sane_length(to_messages(parse())), source)
             except (ValueError, RecursionError) as error:  # BadRecord, or the JSON parser's own
                 fault = f"{source}: {_in_words(error)}"
                 if bad is None:
@@ -129,6 +131,13 @@ def _check_messages(messages):
     if not any(m["role"] == "assistant" for m in checked):
         raise BadRecord("no message is the assistant's: there is nothing to learn")
     return checked
+
+
+def _of_sane_length(messages):
+    characters = sum(len(m["content"]) + len(m.get("context", "")) for m in messages)
+    if characters > LONGEST:
+        raise BadRecord(f"it has {characters:,} characters; more than {LONGEST:,} are no conversation")
+    return messages
 
 
 def _words(record, key):

@@ -5,13 +5,13 @@ characters inside a user's message become ordinary tokens, so nobody can end a t
 a system turn by typing. Only code that asks for `control(...)` gets the id.
 """
 
-import json
 from pathlib import Path
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from parrot.console import UserError
+from parrot.files import read_json
 
 
 class Tokenizer:
@@ -38,16 +38,14 @@ class Tokenizer:
     def _read_chat_template(self):
         separate = self.folder / "chat_template.jinja"  # where newer folders keep it
         if separate.is_file():
-            return separate.read_text(encoding="utf-8")
+            return separate.read_text(encoding="utf-8", errors="replace")
         path = self.folder / "tokenizer_config.json"
-        if not path.is_file():
-            return None
-        try:
-            template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a JSON object: {error}") from None
+        template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, list):  # several, by name
-            template = next((each["template"] for each in template if each.get("name") == "default"), None)
+            template = next((each.get("template") for each in template
+                             if isinstance(each, dict) and each.get("name") == "default"), None)
+        if not isinstance(template, str | None):
+            raise UserError(f"{path}: chat_template is not text but {template!r:.60}")
         return template
 
     def control(self, name):

@@ -5,7 +5,6 @@ name of the field, and a tensor that is missing, left over or of another shape w
 name: a model that is only nearly right answers nonsense and tells nobody why.
 """
 
-import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,8 @@ SUPPORTED = {
     "quantization_config": (None,),
     "pretraining_tp": (1, None),
 }
+# Beyond these nothing real exists, and nothing may be allocated. All other numbers: a million.
+LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**9, "rope_theta": 10**12}
 
 
 def read_config(folder):
@@ -39,6 +40,8 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     raw = read_json(path)
     rope = raw.get("rope_parameters") or {}  # where transformers 5 writes what follows
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r:.60}, expected an object")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_parameters.rope_type is {rope['rope_type']!r}; only plain RoPE is supported")
     for field, values in SUPPORTED.items():
@@ -57,11 +60,11 @@ def read_config(folder):
     for field, kind in LlamaConfig.__annotations__.items():
         value = raw.get(field)
         value = defaults.get(field) if value is None else value
-        right = (isinstance(value, (int, float)) and math.isfinite(value)
-                 and isinstance(value, bool) == (kind is bool))
-        if not right or (kind is not bool and value <= 0) or (kind is int and value != int(value)):
-            raise UserError(f"{path}: {field} is {value!r:.60}, expected "
-                            f"{'true or false' if kind is bool else f'a positive {kind.__name__}'}")
+        largest = LARGEST.get(field, 10**6)
+        right = isinstance(value, (int, float)) and isinstance(value, bool) == (kind is bool)
+        if not right or (kind is not bool and not 0 < value <= largest) or (kind is int and value != int(value)):
+            expected = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {largest}"
+            raise UserError(f"{path}: {field} is {value!r:.60}, expected {expected}")
         values[field] = kind(value)
     config = LlamaConfig(**values)
     if config.num_attention_heads % config.num_key_value_heads:
@@ -103,6 +106,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     tensors = {}
     for path in _tensor_files(folder):
         try:
+            open(path, "rb").close()  # safe_open would call any trouble "no such file"
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     if name.endswith("rotary_emb.inv_freq"):  # older folders: computed, not learned
@@ -178,7 +182,7 @@ def stop_tokens(folder, tokenizer):
     for name in ("generation_config.json", "config.json"):
         if (Path(folder) / name).is_file():
             eos = read_json(Path(folder) / name).get("eos_token_id")
-            stops.update(eos if isinstance(eos, list) else [eos])
-    if tokenizer.chat_template:
-        stops.add(tokenizer.backend.token_to_id(IM_END))
-    return {stop for stop in stops if isinstance(stop, int)}
+            stops.update(stop for stop in (eos if isinstance(eos, list) else [eos]) if isinstance(stop, int))
+    if tokenizer.chat_template and (im_end := tokenizer.backend.token_to_id(IM_END)) is not None:
+        stops.add(im_end)
+    return stops

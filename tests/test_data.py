@@ -24,6 +24,18 @@ def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
         load_examples(path, tiny_tokenizer, 100, 0.1)
 
 
+def test_every_record_is_too_long(records_file, tiny_tokenizer):
+    path = records_file([{"messages": [{"role": "system", "content": "word " * 100}, USER, REPLY]}] * 3)
+    with pytest.raises(UserError, match="no example to train on .3 dropped: the prompt alone is too long"):
+        load_examples(path, tiny_tokenizer, 50, 0.1)
+
+
+def test_everything_is_held_out(records_file, tiny_tokenizer):
+    record = next(r for r in some_records(50) if is_held_out(to_messages(r), 0.5))
+    with pytest.raises(UserError, match="no example to train on; 2 held out by --val-fraction 0.5"):
+        load_examples(records_file([record, record]), tiny_tokenizer, 100, 0.5)
+
+
 # ---- the split
 
 def prompts_of(examples, tokenizer):

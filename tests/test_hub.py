@@ -27,6 +27,7 @@ class SmallHub(http.server.BaseHTTPRequestHandler):
     """Repositories as {"models/owner/name": {file name: bytes}}; and what they refuse."""
     protocol_version = "HTTP/1.1"
     repos, requests = {}, []
+    breaks = 0  # so many downloads from a "fragile" repository break off half way
 
     def log_message(self, *_):
         pass
@@ -76,7 +77,17 @@ class SmallHub(http.server.BaseHTTPRequestHandler):
         data = self.repos[repo].get(name)
         if data is None:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        self.answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        status, asked = 200, self.headers.get("Range", "")
+        if asked:
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data = data[start:]
+        if "fragile" in repo and name == "model.safetensors" and self.command == "GET" and type(self).breaks:
+            type(self).breaks -= 1
+            self.answer(status, data[:len(data) // 2], {**headers, "Content-Length": str(len(data))})
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        self.answer(status, data, headers)
 
     def answer(self, status, body, headers):
         self.send_response(status)
@@ -93,7 +104,7 @@ def server(tiny_folder):
     dolly = "".join(json.dumps(record) + "\n" for record in some_records(20)).encode()
     SmallHub.repos = {
         "models/HuggingFaceTB/SmolLM2-135M": {**files, "README.md": b"# hi", "pytorch_model.bin": b"not wanted"},
-        "models/me/secret": files, "models/me/gated": files, "models/me/broken": files,
+        "models/me/secret": files, "models/me/fragile": files, "models/me/gated": files, "models/me/broken": files,
         "models/me/other": {**files, "config.json": files["config.json"].replace(b'"llama"', b'"mistral"')},
         "datasets/databricks/databricks-dolly-15k": {"databricks-dolly-15k.jsonl": dolly, "README.md": b"# hi"},
         "datasets/me/split": {"data/train-0.jsonl": dolly, "data/test-0.jsonl": b"{}"},
@@ -154,6 +165,31 @@ def test_the_token_is_used_and_never_shown(find):
     assert find("weights", "me/secret", HF_TOKEN=TOKEN).returncode == 0
     wrong = message_of(find("weights", "me/secret", HF_TOKEN="hf_wrong"))
     assert "me/secret" in wrong and "token" in wrong and "hf_wrong" not in wrong
+
+
+@pytest.mark.parametrize("breaks", [1, 1000])
+def test_a_download_that_breaks_off(breaks, find, tiny_folder):
+    """Once: it goes on where it was. Always: it is said, half a file is not used, and later it works."""
+    SmallHub.breaks = breaks
+    done = find("weights", "me/fragile")
+    if breaks > 1:
+        assert "wanted the model me/fragile" in message_of(done)
+        assert "no copy is in its cache" in message_of(find("weights", "me/fragile", HF_HUB_OFFLINE="1"))
+        SmallHub.breaks = 0
+        done = find("weights", "me/fragile")
+    assert done.returncode == 0 and SmallHub.breaks == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+    flags = ["--weights", "me/secret", "--data", "me/split", "--out", "out", "--max-steps", "2", "--device", "cpu"]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any(token == f"Bearer {TOKEN}" for _, _, token in SmallHub.requests)
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) >= 6 and all(TOKEN.encode() not in path.read_bytes() for path in written)
+    assert TOKEN not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name, words", [

@@ -4,6 +4,7 @@ The runs are processes of their own, forked from one that has imported everythin
 that each takes a fraction of a second.
 """
 
+import functools
 import io
 import json
 import multiprocessing
@@ -11,11 +12,14 @@ import multiprocessing.forkserver
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 
 import pytest
+import torch
 import torch._dynamo  # noqa: F401  (the first optimizer would import it, slowly)
 from conftest import some_records
 
@@ -23,6 +27,7 @@ import train
 from parrot import checkpoint, weights
 from parrot.config import TrainConfig
 from parrot.console import run_program
+from parrot.hub import QUICKSTART_DATA
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["test_killed"])
@@ -109,16 +114,22 @@ def die_half_way_through(number, share):
 
 # ---- the runs
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def config(request, tiny_folder, tmp_path, records_file):
+@pytest.fixture
+def settings(tiny_folder, tmp_path, records_file):
     """A function that makes the settings of a small run that evaluates and saves often."""
     data = records_file(some_records(24))
 
-    def config(name="out", **changes):
+    def settings(name="out", **changes):
         return TrainConfig(**{"weights": str(tiny_folder), "data": str(data), "out": str(tmp_path / name),
                               "epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "val_fraction": 0.3,
-                              "eval_every": 3, "save_every": 2, "dtype": request.param, "device": "cpu", **changes})
-    return config
+                              "eval_every": 3, "save_every": 2, "device": "cpu", **changes})
+    return settings
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def config(request, settings):
+    """The same in both types of the matrix products."""
+    return functools.partial(settings, dtype=request.param)
 
 
 def outcome(folder):
@@ -202,6 +213,79 @@ def full_at(moment, c, whole):
         assert status == 1 and "cannot write into" in told and "File too large" in told
         assert "is whole: --resume goes on" in told or "No checkpoint was written yet" in told
     go_on_to_the_end(c, whole)
+
+
+def no_more_memory():
+    """From the first gradient on, the kernel gives this process no more memory."""
+    original = train.accumulate_gradients
+
+    def accumulate(*arguments):
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+        return original(*arguments)
+    torch.set_num_threads(1)
+    train.accumulate_gradients = accumulate
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_out_of_memory_says_what_to_lower(settings, records_file):
+    data = records_file([{"prompt": f"{n}", "completion": "1" * 400} for n in range(200)], "long.jsonl")
+    c = settings(data=str(data), batch_size=128, micro_batch_tokens=10**6)
+    status, _, told = Training(c, no_more_memory).finish()
+    assert status == 1 and "out of memory: lower --micro-batch-tokens" in told and "Traceback" not in told, told
+
+
+def as_nobody():
+    """A user who may not write into any folder of the tests (root may, whatever its mode)."""
+    if os.getuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.fixture
+def shelf(settings, tiny_folder):
+    """(settings of a run, the folder of all its files), which anybody may read."""
+    with tempfile.TemporaryDirectory() as shelf:
+        c = settings(weights=shutil.copytree(tiny_folder, os.path.join(shelf, "model")), out=os.path.join(shelf, "out"))
+        c.data = shutil.copy(c.data, shelf)
+        for folder in (shelf, c.weights):
+            os.chmod(folder, 0o755)
+        yield c, shelf
+        os.chmod(shelf, 0o755)
+
+
+def test_a_folder_that_may_not_be_written(shelf):
+    c, folder = shelf
+    os.chmod(folder, 0o555)
+    status, _, told = Training(c, as_nobody).finish()
+    assert status == 1 and f"cannot write into {c.out}: Permission denied" in told and "Traceback" not in told, told
+
+
+@pytest.mark.parametrize("forbidden", ["records.jsonl", "model/config.json", "model/tokenizer.json", "model/model.safetensors"])
+def test_files_that_may_not_be_read(forbidden, shelf):
+    c, folder = shelf
+    os.chmod(os.path.join(folder, forbidden), 0)
+    status, _, told = Training(c, as_nobody).finish()
+    assert status == 1 and f"{os.path.join(folder, forbidden)}" in told and "Permission denied" in told, told
+    assert "Traceback" not in told and not os.path.exists(c.out)
+
+
+@pytest.mark.long
+def test_real_weights_in_bfloat16_killed_and_resumed(settings, q4_folder, tmp_path):
+    """What a tiny model might hide: threads, long documents, 134 million parameters."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(QUICKSTART_DATA.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
+    real = functools.partial(settings, weights=str(q4_folder), data=str(few), batch_size=8, learning_rate=1e-4,
+                             max_steps=6, dtype="bfloat16")
+    began = time.monotonic()
+    assert Training(real("whole")).finish()[0] == 0
+    seconds, chance = time.monotonic() - began, random.Random(0)
+    for _ in range(5):
+        if not finished(real("out")):
+            process = Training(resumed(real("out")))
+            time.sleep(chance.uniform(0.2, 0.9) * seconds)
+            process.kill()
+            process.finish()
+    go_on_to_the_end(real("out"), (outcome(real("whole").out),))
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
-    {"console"}, {"config", "files", "attention", "tokenizer", "compiling", "device", "distributed"}, {"model", "chat", "gguf_import"},
+    {"console"}, {"config", "files", "attention", "compiling", "device", "distributed"}, {"tokenizer"}, {"model", "chat", "gguf_import"},
     {"weights", "hub", "records", "optim", "shorten"}, {"data"}, {"checkpoint", "training", "sampling"}]
 MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
 LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",
@@ -37,7 +37,7 @@ def lines_of(paths):
 
 def test_the_code_stays_small():
     assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 2150
+    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 2200
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parrot.console import UserError
+from parrot.data import load_examples
 from parrot.hub import QUICKSTART_DATA
 from parrot.records import read_conversations, to_messages
 
@@ -99,6 +100,52 @@ def test_any_bytes_are_a_message_or_a_data_set(content, tmp_path_factory):
         list(read_conversations(path))
     except UserError as error:
         assert str(path) in str(error)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+                        st.sampled_from(["instruction", "context", "response", "messages", "role", "content", "prompt",
+                                         "completion", "input", "output", "x"]), inner, max_size=4), max_leaves=12)
+
+
+@given(records=st.lists(JSON, max_size=4))
+def test_any_json_is_a_message_or_a_data_set(records, tmp_path_factory, tiny_tokenizer):
+    path = tmp_path_factory.mktemp("fuzz") / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    for skip in (False, True):
+        try:
+            load_examples(path, tiny_tokenizer, 30, 0.5, skip)
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+@given(contents=st.lists(st.text(min_size=1), min_size=2, max_size=5))
+def test_any_text_is_learned_or_named(contents, tmp_path_factory, tiny_tokenizer):
+    path = tmp_path_factory.mktemp("fuzz") / "data.jsonl"
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    path.write_text(json.dumps({"messages": messages}))
+    try:
+        train, _, _ = load_examples(path, tiny_tokenizer, 40, 0.0)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert len(train) == 1 and train.lengths[0] <= 40 and train[0][1].any()
+
+
+def test_a_line_of_50_megabytes_is_no_conversation(tmp_path):
+    path = tmp_path / "big.jsonl"
+    path.write_text('{"prompt": "Q", "completion": "A"}\n{"prompt": "Q", "completion": "' + "many words " * 4_700_000 + '"}')
+    with pytest.raises(UserError, match=r"big.jsonl:2: it has 51,700,001 characters; more than 1,000,000"):
+        list(read_conversations(path))
+    path.write_bytes(b"x" * 50_000_000)
+    with pytest.raises(UserError, match="big.jsonl:1: not JSON"):
+        list(read_conversations(path))
+
+
+def test_a_conversation_of_100_000_turns_is_cut(records_file, tiny_tokenizer):
+    turns = [USER, REPLY] * 50_000
+    train, _, counts = load_examples(records_file([{"messages": turns}]), tiny_tokenizer, 100, 0.0)
+    assert train.lengths.tolist() == [100] and counts.reply_cut == 1
 
 
 def test_missing_files_and_folders(tmp_path):

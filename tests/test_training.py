@@ -1,5 +1,8 @@
 """The loss and its gradient, against transformers with padding and against every split."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from conftest import some_records, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from parrot import training, weights
+from parrot.compiling import compile_blocks
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
 from parrot.distributed import Processes
@@ -65,6 +69,30 @@ def test_any_split_gives_the_gradient_of_transformers(split, rows_at_once, examp
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in reference.named_parameters():
         assert close(grads[name], parameter.grad, 2e-5), name
+    # After one step of AdamW: the first one divides by |gradient|, so an eps under which
+    # gradients that are only rounding stay small.
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
+    for each in (model, reference):
+        torch.optim.AdamW(each.parameters(), **settings).step()
+    ours = dict(model.named_parameters())
+    assert all(close(ours[name], parameter, 2e-5) for name, parameter in reference.named_parameters())
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_code_gives_the_same_step(examples, tiny_folder):
+    """Loss, gradient and parameters after AdamW, for every split of the 64 examples."""
+    plain, compiled = weights.load_model(tiny_folder), weights.load_model(tiny_folder)
+    assert compile_blocks(compiled, "on", 0)
+    expected_loss, expected = gradients(plain, examples)
+    for split in ((None, None), (1, None), (4, None), (None, 300)):
+        loss, grads = gradients(compiled, examples, *split)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert all(close(grads[name], expected[name], 2e-5) for name in expected)
+    for model in (plain, compiled):
+        make_optimizer(model, TrainConfig()).step()
+    assert all(close(c, p, 1e-5) for c, p in zip(compiled.parameters(), plain.parameters()))
+    assert held_out_loss(compiled, examples, 300, torch.float32, Processes()) == pytest.approx(
+        held_out_loss(plain, examples, 300, torch.float32, Processes()), rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

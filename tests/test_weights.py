@@ -1,16 +1,22 @@
 """Model folders: what transformers reads as we wrote it, and what is refused by name."""
 
 import json
+import pickle
 import shutil
+import sys
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parrot import weights
+from parrot.chat import CHAT_TEMPLATE, default_system, encode_prompt
 from parrot.console import UserError
+from parrot.model import LlamaConfig
 from parrot.sampling import generate
 
 
@@ -91,7 +97,8 @@ def test_a_config_in_the_style_of_transformers_5(folder):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"hidden_size": -3}, "hidden_size"), ({"hidden_size": "48", "head_dim": None}, "hidden_size"),
     ({"rope_theta": float("nan")}, "rope_theta"), ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"), ({"vocab_size": "many"}, "vocab_size"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"intermediate_size": 10**15}, "intermediate_size"), ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
 def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, field):
     edit_config(folder, **changes)
@@ -144,6 +151,53 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tokenizer):
     weights.save_model(tmp_path, tiny_model(), tokenizer, torch.float32)
     with pytest.raises(UserError, match="tokenizer has 49152 tokens"):
         weights.load(tmp_path)
+
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+                        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+                        max_leaves=3)
+FIELDS = [*LlamaConfig.__annotations__, *weights.SUPPORTED, "rope_parameters", "eos_token_id", "chat_template"]
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3),
+       name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
+@settings(max_examples=300)
+def test_whatever_the_configs_say_a_folder_loads_or_is_refused(changes, name, tiny_folder, tmp_path_factory):
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("fuzz") / "model")
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    try:
+        model, tokenizer = weights.load(folder)
+        assert all(isinstance(token, int) for token in weights.stop_tokens(folder, tokenizer))
+        default_system(tokenizer.chat_template or "")
+    except UserError:
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_not_what_they_should_be(name, content, folder):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        weights.load(folder)
+
+
+def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
+    """Poison in every place where other software would execute it."""
+    poison = f"open({str(folder / 'poisoned')!r}, 'w')"
+    for name in ("modeling_llama.py", "__init__.py", "configuration.py"):
+        (folder / name).write_text(poison)
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})
+    torch.save({NAME: torch.zeros(1)}, folder / "pytorch_model.bin")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ cycler.__init__.__globals__.os.system('touch poisoned') }}")
+    monkeypatch.setattr(pickle, "Unpickler", None), monkeypatch.setattr(torch, "load", None)
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and opened is not None else None)
+    model, tokenizer = weights.load(folder)
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, default_system(tokenizer.chat_template))
+    list(generate(model, [prompt], weights.stop_tokens(folder, tokenizer), max_new_tokens=3, temperature=1, top_p=1))
+    assert not (folder / "poisoned").exists() and not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
+    opened = None
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -1,0 +1,34 @@
+"""How the programs end: exit statuses, one line for people, nothing that a terminal obeys."""
+
+import pytest
+
+from parrot.console import Interrupted, UserError, run_program, say
+
+CASES = [(UserError("no such \x1b[2Jfile"), 1, "error: no such \\x1b[2Jfile\n"),
+         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device\n"),
+         (MemoryError(), 1, "error: out of memory: lower --micro-batch-tokens"),
+         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of memory"),
+         (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "error: out of memory"),
+         (Interrupted("stopped after step 3", 143), 143, "stopped after step 3\n"),
+         (KeyboardInterrupt(), 130, "interrupted\n")]
+
+
+@pytest.mark.parametrize("error, status, words", CASES)
+def test_every_end_has_its_status_and_words(error, status, words, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    told = capsys.readouterr()
+    assert caught.value.code == status and told.out == "" and told.err.startswith(words)
+
+
+def test_our_own_faults_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_program(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_one_of_several_processes_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    say("hello")
+    assert capsys.readouterr().err == ""
