@@ -158,6 +158,12 @@ def go_on_to_the_end(config, whole):
     assert outcome(config.out) == whole[0]
 
 
+def the_best_so_far_is_whole(config):
+    """Whoever cannot wait for the end may use it."""
+    if os.path.exists(os.path.join(config.out, "model.safetensors")):
+        weights.load(config.out)
+
+
 def finished(config):
     path = os.path.join(config.out, "run.json")
     return os.path.exists(path) and json.load(open(path, encoding="utf-8"))["finished"]
@@ -190,6 +196,7 @@ def dead_at(moments, c, whole):
         if not finished(c):
             status, _, told = Training(resumed(c), at_touch, moment, die).finish()
             assert status in (-9, 0), told
+            the_best_so_far_is_whole(c)
     go_on_to_the_end(c, whole)
 
 
@@ -197,6 +204,7 @@ def dead_at(moments, c, whole):
 def test_killed_half_way_through_a_tensor_file(number, share, config, whole):
     c = config()
     assert Training(c, die_half_way_through, number, share).finish()[0] == -9
+    the_best_so_far_is_whole(c)
     go_on_to_the_end(c, whole)
 
 

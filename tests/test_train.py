@@ -191,10 +191,11 @@ def test_interrupted_before_the_first_step(config, monkeypatch):
 
 def test_two_processes_give_the_run_of_one(config, tmp_path):
     """torchrun with gloo, a share of each step each; the last step of an epoch has one example."""
-    c = config(batch_size=31, val_fraction=0.2, epochs=3)
-    train.train(config(batch_size=31, epochs=3, out=str(tmp_path / "one")))
+    c = config(batch_size=32, epochs=3)
+    train.train(config(batch_size=32, epochs=3, out=str(tmp_path / "one")))
+    assert json.load(open(tmp_path / "one" / "run.json"))["examples"] == 33
     steps = [line["step"] for line in metrics(tmp_path / "one")]
-    assert len(set(steps)) == 7  # 32 examples: a step of 31 and one of 1, three times
+    assert len(set(steps)) == 7  # 33 examples: a step of 32 and one of 1, three times
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command(c)[1:]],
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
