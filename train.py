@@ -122,7 +122,7 @@ def set_up(config):
     total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
     tokens = total_steps * config.batch_size * train_set.lengths.mean()
-    compiled = compile_blocks(model, config.compile, tokens)
+    compiled = compile_blocks(model, config.compile, tokens, dtype)
     optimizer = make_optimizer(model, config)
     say(f"{len(train_set)} examples to train on, {len(val_set)} held out, {total_steps} steps on {device}, "
         f"up to {max_tokens} tokens in a forward{', compiled' if compiled else ''}", *str(counts).splitlines())

@@ -6,13 +6,15 @@ takes half a minute, once a process.
 
 import torch
 
+from parrot.attention import Ribbon
 from parrot.console import UserError, say
+from parrot.device import autocast
 
 # Tokens to train on from which "auto" compiles: on two cores it gave 5%, for 30 seconds.
 EARNED_BACK = {"cpu": 500_000, "cuda": 500_000, "mps": float("inf")}
 
 
-def compile_blocks(model, choice, tokens):
+def compile_blocks(model, choice, tokens, dtype):
     """Let training run compiled code; returns whether it will.
 
     choice: "on", "off", or "auto": where it works and where the run, of so many `tokens`, is
@@ -20,17 +22,23 @@ def compile_blocks(model, choice, tokens):
     """
     if choice == "off" or (choice == "auto" and tokens < EARNED_BACK[model.device.type]):
         return False
-    try:  # on something small: it takes a C++ compiler, or Triton
-        torch.compile(lambda x: x.cos() + 1)(torch.zeros(8, device=model.device))
-    except Exception as error:  # every backend has its own
+    for block in model.model.layers:
+        block.before_attention = _compiled_in_training(block.before_attention)
+        block.after_attention = _compiled_in_training(block.after_attention)
+    try:  # Always on a ribbon of this size: the code is made from the first one it sees, and a
+        # resumed run shall compute with the same code to the same bits.
+        with autocast(model.device, dtype):
+            model(torch.zeros(256, dtype=torch.long, device=model.device), Ribbon([256], model.device)).sum().backward()
+    except Exception as error:  # it takes a C++ compiler, or Triton; every backend has its own errors
         why = f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
         if choice == "on":
             raise UserError(f"--compile on: {why}") from None
         say(f"{why} (training goes on without, a little slower)")
+        for block in model.model.layers:
+            del block.before_attention, block.after_attention  # those of the class are back
         return False
-    for block in model.model.layers:
-        block.before_attention = _compiled_in_training(block.before_attention)
-        block.after_attention = _compiled_in_training(block.after_attention)
+    finally:
+        model.zero_grad()
     return True
 
 

@@ -24,7 +24,7 @@ import torch._dynamo  # noqa: F401  (the first optimizer would import it, slowly
 from conftest import some_records
 
 import train
-from parrot import checkpoint, weights
+from parrot import checkpoint, compiling, weights
 from parrot.config import TrainConfig
 from parrot.console import run_program
 from parrot.hub import QUICKSTART_DATA
@@ -294,6 +294,32 @@ def test_real_weights_in_bfloat16_killed_and_resumed(settings, q4_folder, tmp_pa
             process.kill()
             process.finish()
     go_on_to_the_end(real("out"), (outcome(real("whole").out),))
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_and_resumed(settings):
+    """Compiled code is made for the first ribbon it sees, which after resuming is another one."""
+    c = functools.partial(settings, compile="on", save_every=1, eval_every=100)
+    status, _, told = Training(c("whole")).finish()
+    assert status == 0 and ", compiled" in told, told
+    for moment in (60, 80):  # after some steps
+        Training(resumed(c("out")), at_touch, moment, die).finish()
+    go_on_to_the_end(c("out"), (outcome(c("whole").out),))
+
+
+def no_compiler(folder):
+    """No C++ compiler to be found, nothing compiled before, and a run long enough to want it."""
+    os.environ |= {"PATH": "", "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": folder}
+    compiling.EARNED_BACK["cpu"] = 0
+
+
+def test_without_a_compiler(settings, tmp_path):
+    status, _, told = Training(settings("auto"), no_compiler, str(tmp_path / "cache")).finish()
+    assert status == 0 and "torch.compile does not work here" in told and ", compiled" not in told, told
+    status, _, told = Training(settings("on", compile="on"), no_compiler, str(tmp_path / "cache")).finish()
+    assert status == 1 and "error: --compile on: torch.compile does not work here" in told and "Traceback" not in told
+    Training(settings("off", compile="off")).finish()
+    assert outcome(settings("auto").out) == outcome(settings("off").out)
 
 
 @pytest.mark.long

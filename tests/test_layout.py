@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
-    {"console"}, {"config", "files", "attention", "compiling", "device", "distributed"}, {"tokenizer"}, {"model", "chat", "gguf_import"},
+    {"console"}, {"config", "files", "attention", "device", "distributed"}, {"tokenizer", "compiling"}, {"model", "chat", "gguf_import"},
     {"weights", "hub", "records", "optim", "shorten"}, {"data"}, {"checkpoint", "training", "sampling"}]
 MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
 LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",
