@@ -296,6 +296,7 @@ def test_real_weights_in_bfloat16_killed_and_resumed(settings, q4_folder, tmp_pa
     go_on_to_the_end(real("out"), (outcome(real("whole").out),))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_and_resumed(settings):
     """Compiled code is made for the first ribbon it sees, which after resuming is another one."""
