@@ -10,31 +10,17 @@ The reply goes to stdout and nothing else does.
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
-from parrot import hub, weights
-from parrot.chat import default_system, encode_prompt
 from parrot.config import SampleConfig, parse
 from parrot.console import UserError, printable, run_program, say
 from parrot.device import pick_device
-from parrot.model import Llama
-from parrot.sampling import check_room, generate
-from parrot.tokenizer import StreamDecoder, Tokenizer
-
-
-@dataclass
-class Speaker:
-    """A model with all that it takes to talk to it."""
-    name: str
-    model: Llama
-    tokenizer: Tokenizer
-    stop: set
-    chats: bool  # or just goes on with the text
-    system: str | None  # the system turn that its template puts in by itself
+from parrot.sampling import check_room, generate, replies
+from parrot.speaker import Speaker
+from parrot.tokenizer import StreamDecoder
 
 
 def main():
@@ -54,7 +40,7 @@ def main():
         print("\n\n".join(numbered(reply_texts(speaker, config.prompt, config))))
     else:
         speaker = load_speaker(names[0], config)
-        stream(speaker, prompt_tokens(speaker, [{"role": "user", "content": config.prompt}]), config)
+        stream(speaker, speaker.prompt([{"role": "user", "content": config.prompt}]), config)
 
 
 def newest_run():
@@ -68,58 +54,42 @@ def newest_run():
 
 def load_speaker(name, config):
     """Load the model `name` in the format that was asked for."""
-    folder = hub.find_weights(name).path
-    model, tokenizer = weights.load(folder, getattr(torch, config.dtype), pick_device(config.device))
-    chats = config.format == "chat" or (config.format == "auto" and tokenizer.chat_template is not None)
-    system = default_system(tokenizer.chat_template) if chats and tokenizer.chat_template else None
-    return Speaker(name, model, tokenizer, weights.stop_tokens(folder, tokenizer), chats, system)
+    return Speaker.load(name, getattr(torch, config.dtype), pick_device(config.device), config.format)
 
 
-def prompt_tokens(speaker, messages):
-    """The tokens that the reply follows: the template around all turns, or the bare text."""
-    if speaker.chats:
-        return encode_prompt(messages, speaker.tokenizer, speaker.system)
-    return speaker.tokenizer.encode(messages[-1]["content"])
-
-
-def replies(speaker, prompt, config, samples=1):
-    """Step by step, the next token of each of `samples` replies (see sampling.generate)."""
+def how(speaker, config):
+    """The settings for sampling.generate."""
     generator = torch.Generator(speaker.model.device)
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    return generate(speaker.model, [prompt], speaker.stop, max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature, top_p=config.top_p, generator=generator,
-                    samples_each=samples)
+    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+            "top_p": config.top_p, "generator": generator}
 
 
 def stream(speaker, prompt, config):
     """Print one reply as it is written; returns its text."""
     decoder, pieces, written = StreamDecoder(speaker.tokenizer), [], 0
-    for token, in replies(speaker, prompt, config):
+    for token, in generate(speaker.model, [prompt], speaker.stop, **how(speaker, config)):
         pieces.append(decoder.step(token))
         print(printable(pieces[-1]), end="", flush=True)
         written += 1
     pieces.append(decoder.finish())
     print(printable(pieces[-1]), flush=True)
-    tell_if_cut(speaker, [len(prompt)], [written], config)
+    tell_if_cut(speaker, len(prompt), written, config)
     return "".join(pieces)
 
 
 def reply_texts(speaker, text, config):
     """The texts of --num-samples replies to `text`, written together."""
-    prompt = prompt_tokens(speaker, [{"role": "user", "content": text}])
-    tokens = [[] for _ in range(config.num_samples)]
-    for step in replies(speaker, prompt, config, config.num_samples):
-        for reply, token in zip(tokens, step):
-            if token is not None:
-                reply.append(token)
-    tell_if_cut(speaker, [len(prompt)], [len(reply) for reply in tokens], config)
-    return [printable(speaker.tokenizer.decode(reply)) for reply in tokens]
+    prompt = speaker.prompt([{"role": "user", "content": text}])
+    written = replies(speaker.model, [prompt], speaker.stop, samples_each=config.num_samples, **how(speaker, config))
+    tell_if_cut(speaker, len(prompt), max(len(tokens) for tokens, _ in written), config)
+    return [printable(speaker.tokenizer.decode(tokens)) for tokens, _ in written]
 
 
-def tell_if_cut(speaker, prompt_lengths, written, config):
+def tell_if_cut(speaker, prompt_length, written, config):
     """A word on stderr where a reply did not end by itself."""
-    room = check_room(prompt_lengths, speaker.model.config, config.max_new_tokens)
-    if max(written) == room:
+    room = check_room([prompt_length], speaker.model.config, config.max_new_tokens)
+    if written == room:
         why = (f"--max-new-tokens {config.max_new_tokens}" if room == config.max_new_tokens else
                f"the end of the model's context ({speaker.model.config.max_position_embeddings} tokens)")
         say(f"[{speaker.name}: cut at {why}]")
@@ -139,7 +109,7 @@ def chat(speaker, config):
             return
         messages.append({"role": "user", "content": line})
         context = speaker.model.config.max_position_embeddings
-        while len(prompt := prompt_tokens(speaker, messages)) > context * 3 // 4 and len(messages) > 1:
+        while len(prompt := speaker.prompt(messages)) > context * 3 // 4 and len(messages) > 1:
             messages = messages[2:]  # the oldest question and its reply
             say("[the oldest turn is forgotten: the context is full]")
         try:

@@ -17,17 +17,17 @@ import torch
 from tqdm import tqdm
 
 from parrot import hub, weights
-from parrot.chat import default_system, encode_prompt
 from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
-from parrot.console import Interrupted, StopSignal, UserError, printable, run_program, say
+from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
 from parrot.device import TOKENS_A_FORWARD, pick_device
 from parrot.distributed import Processes
 from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
-from parrot.sampling import generate
+from parrot.sampling import replies
+from parrot.speaker import Speaker
 from parrot.tokenizer import Tokenizer
 from parrot.training import accumulate_gradients, held_out_loss
 
@@ -58,7 +58,7 @@ def train(config):
     run = set_up(config)
     model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
     if progress.step == 0 and processes.rank == 0:
-        say("before training:", *answers(model, run.tokenizer, run.start_from))
+        say("before training:", *answers(Speaker.of("", run.start_from, model, run.tokenizer)))
 
     bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
     with StopSignal() as stop, bar:
@@ -172,8 +172,7 @@ def finish(run):
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds)
     if run.processes.rank > 0:
         return
-    best, tokenizer = weights.load(folder.path, torch.float32, run.model.device)
-    say("after training:", *answers(best, tokenizer, folder.path))
+    say("after training:", *answers(Speaker.load(str(folder.path), torch.float32, run.model.device)))
     told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s. The model is in {folder.path}"
     if progress.best_loss is not None:
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
@@ -182,19 +181,12 @@ def finish(run):
     say(f'{told}.\nAsk it: python sample.py --model {folder.path} --prompt "Who are you?"')
 
 
-def answers(model, tokenizer, folder):
+def answers(speaker):
     """What the model says to QUESTIONS, greedily, in its own format."""
-    prompts = [tokenizer.encode(question) for question in QUESTIONS]
-    if tokenizer.chat_template:
-        system = default_system(tokenizer.chat_template)
-        prompts = [encode_prompt([{"role": "user", "content": q}], tokenizer, system) for q in QUESTIONS]
-    replies = [[] for _ in QUESTIONS]
-    for step in generate(model, prompts, weights.stop_tokens(folder, tokenizer), max_new_tokens=48,
-                         temperature=0, top_p=1):
-        for reply, token in zip(replies, step):
-            reply += [token] if token is not None else []
-    return [f"  {question}  ->  {printable(' '.join(tokenizer.decode(reply).split()))}"
-            for question, reply in zip(QUESTIONS, replies)]
+    prompts = [speaker.prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+    written = replies(speaker.model, prompts, speaker.stop, max_new_tokens=48, temperature=0, top_p=1)
+    return [f"  {question}  ->  {' '.join(speaker.tokenizer.decode(tokens).split())}"
+            for question, (tokens, _) in zip(QUESTIONS, written)]
 
 
 def epoch_of(run):

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, fields
 
 
 def option(default, help, *, above=None, at_least=None, at_most=None, choices=None,
-           may_change=False):
+           may_change=False, positional=False):
     """A dataclass field that is also a command-line option.
 
     `may_change` marks what a resumed run may set differently, because it cannot change
-    the result beyond rounding.
+    the result beyond rounding. `positional` arguments, one or more, stand without a flag.
     """
     bounds = {"above": above, "at_least": at_least, "at_most": at_most}
     return field(default=default, metadata={
-        "help": help, "choices": choices, "may_change": may_change,
+        "help": help, "choices": choices, "may_change": may_change, "positional": positional,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None}})
 
 
@@ -117,6 +117,26 @@ class SampleConfig:
         return None
 
 
+@dataclass
+class EvaluateConfig:
+    models: list[str] = option(None, f"{WEIGHTS}", positional=True)
+    data: str = option("dolly", "whose held-out part to use: what train.py's --data takes")
+    val_fraction: float = option(0.02, "share of the data that is held out, as in training", above=0, at_most=1)
+    max_length: int = option(2048, "longest example in tokens", at_least=8)
+    max_prompts: int = option(64, "held-out prompts to answer (greedily, and sampled)", at_least=0)
+    max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
+    temperature: float = option(0.7, "of the sampled replies", above=0)
+    top_p: float = option(0.9, "of the sampled replies", above=0, at_most=1)
+    batch_size: int = option(32, "replies written at once", at_least=1)
+    seed: int = option(0, "of the sampled replies", at_least=0, at_most=2**63 - 1)
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
+    json: bool = option(False, "print all results as JSON instead of a table")
+
+    def contradiction(self):
+        """Nothing here can contradict."""
+
+
 def parse(config_class, argv, description, presets=None):
     """Build `config_class` from a command line. A wrong one ends the process with status 2.
 
@@ -146,6 +166,9 @@ def _add_argument(parser, each, kind):
         parser.add_argument(flag, action="store_true", help=help)
         return
     inner = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
+    if each.metadata["positional"]:
+        parser.add_argument(each.name, nargs="+", metavar="MODEL", help=help)
+        return
     if typing.get_origin(inner[0]) is list:
         parser.add_argument(flag, nargs="+", metavar="NAME", default=each.default, help=help)
         return

@@ -23,6 +23,7 @@ class Conversation:
     """messages: [{"role", "content", perhaps "context"}]; source: file and line, for errors."""
     messages: list
     source: str
+    category: str = ""  # what kind of task it is, where the record says so (Dolly has eight)
 
 
 class BadRecord(ValueError):
@@ -40,7 +41,8 @@ def read_conversations(path, bad=None):
         records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
         for source, parse in records:
             try:
-                yield Conversation(_of_sane_length(to_messages(parse())), source)
+                record = parse()
+                yield Conversation(_of_sane_length(to_messages(record)), source, str(record.get("category", ""))[:80])
             except (ValueError, RecursionError) as error:  # BadRecord, or the JSON parser's own
                 fault = f"{source}: {_in_words(error)}"
                 if bad is None:

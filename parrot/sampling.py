@@ -69,6 +69,17 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
         yield [token if alive else None for token, alive in zip(tokens.tolist(), going_on.tolist())]
 
 
+def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **how):
+    """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply."""
+    room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
+    tokens = [[] for _ in range(len(prompts) * samples_each)]
+    for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens, samples_each=samples_each, **how):
+        for reply, token in zip(tokens, step):
+            if token is not None:
+                reply.append(token)
+    return [(reply, len(reply) < room) for reply in tokens]
+
+
 def check_room(lengths, config, max_new_tokens):
     """How many tokens can follow the longest prompt: `max_new_tokens`, or the context's rest."""
     left = config.max_position_embeddings - max(lengths)

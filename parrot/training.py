@@ -16,16 +16,16 @@ def supervised_rows(model, batch, dtype):
         return model(batch.tokens, batch.ribbon)[batch.rows]
 
 
-def loss_sums(model, rows, targets, dtype):
-    """Yield the cross-entropy of rows (S, C) and targets (S,) in nats, summed, a piece at a time.
+def token_losses(model, rows, targets, dtype):
+    """Yield the cross-entropy (S,) of rows (S, C) and targets (S,) in nats, a piece at a time.
 
-    Sums, because the mean over a whole *step* is wanted: means of means would weigh a token
-    by the company that it is in.
+    No mean yet, because the one over a whole *step* is wanted: means of means would weigh a
+    token by the company that it is in.
     """
     for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE)):
         with autocast(model.device, dtype):
             logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
-        yield F.cross_entropy(logits.float(), some_targets, reduction="sum")
+        yield F.cross_entropy(logits.float(), some_targets, reduction="none")
 
 
 def accumulate_gradients(model, batches, supervised, dtype):
@@ -40,9 +40,10 @@ def accumulate_gradients(model, batches, supervised, dtype):
         # Logits are by far the largest tensors. So each piece is taken back to the rows at
         # once and forgotten; the collected gradient then goes on through the network.
         leaf = rows.detach().requires_grad_()
-        for piece in loss_sums(model, leaf, batch.targets, dtype):
-            (piece / supervised).backward()
-            loss += piece.item() / supervised
+        for losses in token_losses(model, leaf, batch.targets, dtype):
+            piece = losses.sum() / supervised
+            piece.backward()
+            loss += piece.item()
         rows.backward(leaf.grad)
     return loss
 
@@ -61,7 +62,7 @@ def held_out_loss(model, examples, max_tokens, dtype, processes, should_stop=lam
             break
         batch = Batch.of(examples, indices, model.device)
         rows = supervised_rows(model, batch, dtype)
-        total += sum(piece.item() for piece in loss_sums(model, rows, batch.targets, dtype))
+        total += sum(losses.sum().item() for losses in token_losses(model, rows, batch.targets, dtype))
         count += len(batch.targets)
     total, count, stopped = processes.sum(total, count, stopped)
     return None if stopped else total / count

@@ -184,7 +184,8 @@ def test_a_download_that_breaks_off(breaks, find, tiny_folder):
 def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
     flags = ["--weights", "me/secret", "--data", "me/split", "--out", "out", "--max-steps", "2", "--device", "cpu"]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert any(token == f"Bearer {TOKEN}" for _, _, token in SmallHub.requests)
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

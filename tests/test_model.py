@@ -82,7 +82,8 @@ def test_rotary_embedding_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(0))
 
     def score(place_of_q, place_of_k):
-        at = lambda p: rope_angles(torch.tensor([p]), 64, 10000.0)
+        def at(p):
+            return rope_angles(torch.tensor([p]), 64, 10000.0)
         return (rotate(q, *at(place_of_q)) * rotate(k, *at(place_of_k))).sum()
     assert torch.allclose(score(7, 3), score(1007, 1003), atol=1e-3)
     assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-3)

@@ -96,7 +96,8 @@ def test_a_config_in_the_style_of_transformers_5(folder):
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"hidden_size": -3}, "hidden_size"), ({"hidden_size": "48", "head_dim": None}, "hidden_size"),
-    ({"rope_theta": float("nan")}, "rope_theta"), ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"rope_theta": float("nan")}, "rope_theta"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"), ({"vocab_size": "many"}, "vocab_size"),
     ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ({"intermediate_size": 10**15}, "intermediate_size"), ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
@@ -196,7 +197,8 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
     model, tokenizer = weights.load(folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, default_system(tokenizer.chat_template))
     list(generate(model, [prompt], weights.stop_tokens(folder, tokenizer), max_new_tokens=3, temperature=1, top_p=1))
-    assert not (folder / "poisoned").exists() and not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
+    assert not (folder / "poisoned").exists()
+    assert not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
     opened = None
 
 

@@ -1,0 +1,259 @@
+"""How good is it? Several models on the same questions, side by side.
+
+    python -m parrot.evaluate instruct-q4 out/littleparrot
+
+    held-out loss   nats a token on replies that no training saw, for each category
+    replies         to held-out prompts: do they end by themselves, how long are they beside the
+                    reference, how often do they repeat themselves, how much of it do they hit
+    facts           short questions with known answers (questions.jsonl)
+
+Results are kept in the user's cache by the hashes of model, data and settings.
+"""
+
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from parrot import hub, weights
+from parrot.chat import text_of
+from parrot.config import EvaluateConfig, parse
+from parrot.console import UserError, printable, run_program
+from parrot.data import Batch, Examples, is_held_out, micro_batches
+from parrot.device import TOKENS_A_FORWARD, pick_device
+from parrot.files import read_json, sha256_of, write_json
+from parrot.records import read_conversations
+from parrot.sampling import replies
+from parrot.shorten import fit
+from parrot.speaker import Speaker
+from parrot.tokenizer import Tokenizer
+from parrot.training import supervised_rows, token_losses
+
+QUESTIONS = Path(__file__).with_name("questions.jsonl")  # the first three are shown in full
+
+
+# ---- measures of text, each a pure function
+
+def repetition(tokens, n=4):
+    """(n-grams that stood in the reply before, all its n-grams).
+
+    >>> repetition([1, 2, 3, 1, 2, 3, 1, 2, 3])
+    (3, 6)
+    """
+    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+    return len(grams) - len(set(grams)), len(grams)
+
+
+def rouge_l(reply, reference):
+    """The F-measure of the longest common subsequence of words (Lin 2004).
+
+    >>> rouge_l("the cat sat", "the cat on the mat sat")
+    0.6666666666666666
+    """
+    a, b = (re.findall(r"\w+", text.lower()) for text in (reply, reference))
+    lengths = [0] * (len(b) + 1)  # of the common subsequence with the first j words of b
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+    return 2 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+
+
+def is_right(reply, accepted):
+    """Whether one of the accepted answers stands in the reply, as whole words.
+
+    >>> is_right("It is the planet Mercury.", ["mercury"]), is_right("A mercurial one", ["mercury"])
+    (True, False)
+    """
+    return any(re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) for answer in accepted)
+
+
+def mean_and_error(losses, counts):
+    """Mean loss a token, and its standard error (None of a single example).
+
+    Examples are what was drawn at random, not tokens: the error is that of a ratio of sums.
+    """
+    mean, n = losses.sum() / counts.sum(), len(losses)
+    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1) if n > 1 else None
+    return float(mean), None if spread is None else float(math.sqrt(spread) / counts.sum())
+
+
+# ---- the held-out loss
+
+def encode(messages, speaker, max_length):
+    """Messages in the format of the speaker -> (tokens, supervised)."""
+    if not speaker.chats:
+        return as_plain_text(messages, speaker, max_length)
+    if speaker.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": speaker.system}, *messages]
+    return fit(messages, speaker.tokenizer, max_length)[:2]
+
+
+def as_plain_text(messages, speaker, max_length):
+    """What a base model might have read: the turns as paragraphs, a reply ending with its end of text."""
+    tokens, supervised = [], []
+    for message in messages:
+        learned = message["role"] == "assistant"
+        end = sorted(speaker.stop)[:1] if learned else speaker.tokenizer.encode("\n\n")
+        new = speaker.tokenizer.encode(text_of(message)) + end
+        tokens, supervised = tokens + new, supervised + [learned] * len(new)
+    supervised[0] = False  # nothing stands before it to be predicted from
+    return tokens[:max_length], supervised[:max_length]
+
+
+def prompt_of(messages, speaker):
+    """The tokens that a reply to `messages` follows."""
+    return speaker.prompt(messages) if speaker.chats else as_plain_text(messages, speaker, None)[0]
+
+
+@torch.no_grad()
+def losses_of(speaker, examples, max_tokens):
+    """The loss of each example, summed over its supervised tokens (n,), and their counts (n,)."""
+    losses, counts = np.zeros(len(examples)), np.zeros(len(examples))
+    dtype = speaker.model.lm_head.weight.dtype
+    for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
+                        desc=f"{speaker.name}: held-out loss", leave=False):
+        batch = Batch.of(examples, indices, speaker.model.device)
+        rows = supervised_rows(speaker.model, batch, dtype)
+        each = torch.cat(list(token_losses(speaker.model, rows, batch.targets, dtype)))  # (S,)
+        counts[indices] = [examples[index][1].sum() for index in indices]
+        owners = np.repeat(indices, counts[indices].astype(int))  # (S,) whose token it is
+        np.add.at(losses, owners, each.double().cpu().numpy())
+    return losses, counts
+
+
+def loss_table(speaker, conversations, config):
+    """{"all": [mean, standard error, examples], category: ...}"""
+    parts = [encode(conversation.messages, speaker, config.max_length) for conversation in conversations]
+    kept = [i for i, (_, supervised) in enumerate(parts) if any(supervised)]
+    examples = Examples([tuple(map(np.array, parts[i])) for i in kept], [], speaker.tokenizer.vocab_size)
+    losses, counts = losses_of(speaker, examples, TOKENS_A_FORWARD[speaker.model.device.type])
+    categories = np.array([conversations[i].category for i in kept])
+    groups = {"all": np.ones(len(kept), bool)} | {name: categories == name for name in sorted(set(categories) - {""})}
+    return {name: [*mean_and_error(losses[group], counts[group]), int(group.sum())] for name, group in groups.items()}
+
+
+# ---- replies
+
+def write_all(speaker, prompts, config, what, **how):
+    """Replies to many prompts, in batches of prompts of similar length: [(tokens, ended)]."""
+    written = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with tqdm(total=len(prompts), desc=f"{speaker.name}: {what}", leave=False) as bar:
+        for start in range(0, len(order), config.batch_size):
+            some = order[start:start + config.batch_size]
+            for i, reply in zip(some, replies(speaker.model, [prompts[i] for i in some], speaker.stop, **how)):
+                written[i] = reply
+            bar.update(len(some))
+    return written
+
+
+def reply_table(speaker, conversations, config):
+    """What is measured of the replies to held-out prompts, greedy and sampled."""
+    chosen = random.Random(0).sample(conversations, min(config.max_prompts, len(conversations)))
+    prompts, references = [], []
+    for conversation in chosen:
+        until = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+        if not until:  # it begins with a reply
+            continue
+        prompt = prompt_of(conversation.messages[:until], speaker)
+        if len(prompt) + config.max_new_tokens <= speaker.model.config.max_position_embeddings:
+            prompts.append(prompt)
+            references.append(text_of(conversation.messages[until]))
+    table = {}
+    for name, temperature in (("greedy", 0), ("sampled", config.temperature)) if prompts else ():
+        generator = torch.Generator(speaker.model.device).manual_seed(config.seed)
+        written = write_all(speaker, prompts, config, name, max_new_tokens=config.max_new_tokens,
+                            temperature=temperature, top_p=config.top_p, generator=generator)
+        repeated = np.array([repetition(tokens) for tokens, _ in written]).sum(0)
+        table[name] = {
+            "prompts": len(written), "ended": sum(ended for _, ended in written) / len(written),
+            "length": sum(len(tokens) for tokens, _ in written)
+            / sum(len(speaker.tokenizer.encode(reference)) for reference in references),
+            "repeated": float(repeated[0] / max(repeated[1], 1)),
+            "rouge_l": float(np.mean([rouge_l(speaker.tokenizer.decode(tokens), reference)
+                                      for (tokens, _), reference in zip(written, references)]))}
+    return table
+
+
+def facts_table(speaker, config):
+    """Right answers among the known ones, and what was said to the first three."""
+    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt_of([{"role": "user", "content": each["question"]}], speaker) for each in questions]
+    written = write_all(speaker, prompts, config, "facts", max_new_tokens=48, temperature=0, top_p=1)
+    texts = [speaker.tokenizer.decode(tokens).strip() for tokens, _ in written]
+    right = [is_right(text, each["accepted"]) for text, each in zip(texts, questions)]
+    return {"right": sum(right), "of": len(right),
+            "shown": [[each["question"], text] for each, text in zip(questions[:3], texts)]}
+
+
+# ---- all of it
+
+def evaluate(name, folder, format, conversations, config, data_hash):
+    """All measures of one model in one format, from the cache where they were taken before."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
+    files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.*")) if path.suffix in (".json", ".safetensors")
+             and path.name != "run.json"}
+    key = json.dumps([1, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
+    path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
+    if path.is_file():
+        return {"model": name, **read_json(path)}
+    loaded = weights.load(folder, getattr(torch, config.dtype), pick_device(config.device))
+    speaker = Speaker.of(name, folder, *loaded, format)
+    results = {"format": format, "loss": loss_table(speaker, conversations, config),
+               "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, results)
+    return {"model": name, **results}
+
+
+def formats_of(folder):
+    """A model without a template is judged in plain text too, not only in a format that it never saw."""
+    return ("chat",) if Tokenizer(folder).chat_template else ("plain", "chat")
+
+
+def with_error(mean, error):
+    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def as_table(results):
+    """All results as text, a column for each model."""
+    rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)]]
+    for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
+        rows.append([f"held-out loss, {name}", *(with_error(*each["loss"][name][:2]) for each in results)])
+    for how in ("greedy", "sampled"):
+        for key, title, form in (("ended", "ended by themselves", "{:.1%}"), ("length", "length / reference", "{:.2f}"),
+                                 ("repeated", "repeated 4-grams", "{:.1%}"), ("rouge_l", "ROUGE-L", "{:.3f}")):
+            if all(how in each["replies"] for each in results):
+                rows.append([f"{how} replies, {title}", *(form.format(each["replies"][how][key]) for each in results)])
+    rows.append(["facts", *("{right} of {of}".format(**each["facts"]) for each in results)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for i, (question, _) in enumerate(results[0]["facts"]["shown"]):
+        lines += ["", question, *(f"  {each['model']} ({each['format']}): {each['facts']['shown'][i][1]}" for each in results)]
+    return printable("\n".join(lines))
+
+
+def main():
+    """Read the command line, evaluate, print."""
+    config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
+    path = hub.find_data(config.data).path
+    conversations = [each for each in read_conversations(path) if is_held_out(each.messages, config.val_fraction)]
+    if not conversations:
+        raise UserError(f"{path}: nothing is held out by --val-fraction {config.val_fraction}")
+    folders = [(name, hub.find_weights(name).path) for name in config.models]
+    results = [evaluate(name, folder, format, conversations, config, sha256_of(path))
+               for name, folder in folders for format in formats_of(folder)]
+    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(results))
+
+
+if __name__ == "__main__":
+    run_program(main)
