@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parrot import hub, weights
+from parrot import hub, portrait, report, weights
 from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
@@ -26,13 +26,9 @@ from parrot.device import TOKENS_A_FORWARD, pick_device
 from parrot.distributed import Processes
 from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
-from parrot.sampling import replies
 from parrot.speaker import Speaker
 from parrot.tokenizer import Tokenizer
 from parrot.training import accumulate_gradients, held_out_loss
-
-QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",  # asked before and after
-             "What planet is closest to the sun?", "What is the capital of Canada?")
 
 
 @dataclass
@@ -48,6 +44,7 @@ class Run:
     val_set: Examples
     optimizer: torch.optim.Optimizer
     progress: Progress
+    shown: list  # held-out prompts that it is asked before and after
     total_steps: int
     dtype: torch.dtype  # of the matrix products; the weights are float32
     max_tokens: int  # of one forward
@@ -58,7 +55,9 @@ def train(config):
     run = set_up(config)
     model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
     if progress.step == 0 and processes.rank == 0:
-        say("before training:", *answers(Speaker.of("", run.start_from, model, run.tokenizer)))
+        before = portrait.ask(Speaker.of("", run.start_from, model, run.tokenizer), run.shown)
+        say("before training:", *portrait.lines(before))
+        run.folder.show(before=before, example=portrait.example(run.train_set, run.tokenizer))
 
     bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
     with StopSignal() as stop, bar:
@@ -128,13 +127,14 @@ def set_up(config):
         f"up to {max_tokens} tokens in a forward{', compiled' if compiled else ''}", *str(counts).splitlines())
 
     about = describe(config, weights_from, data_from, {
-        "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(), "device": str(device),
+        "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(),
+        "lengths": report.length_histogram(train_set.lengths.tolist()), "device": str(device),
         "compiled": compiled, "processes": processes.size, "micro_batch_tokens": max_tokens, "steps": total_steps})
     with processes.one_after_the_other():
         folder.open(about, config.resume)
         progress = folder.restore(model, optimizer) if config.resume else Progress()
     return Run(config, processes, folder, weights_from.path, model, tokenizer, train_set, val_set, optimizer,
-               progress, total_steps, dtype, max_tokens)
+               progress, counts.shown, total_steps, dtype, max_tokens)
 
 
 def split(run, indices):
@@ -160,6 +160,7 @@ def evaluate(run, stop, bar):
         progress.best_loss = loss
         run.folder.save_best(run.model, run.tokenizer, run.dtype)
     run.folder.log(step=progress.step, epoch=epoch_of(run), val_loss=loss, seconds=round(progress.seconds, 2))
+    run.folder.show()
     if run.processes.rank == 0:
         bar.write(f"step {progress.step}: held-out loss {loss:.4f}", file=sys.stderr)
 
@@ -169,24 +170,19 @@ def finish(run):
     progress, folder = run.progress, run.folder
     if not len(run.val_set):
         folder.save_best(run.model, run.tokenizer, run.dtype)  # the last is the best we know
+    if run.processes.rank == 0:
+        best = Speaker.load(str(folder.path), torch.float32, run.model.device)
+        after = portrait.ask(best, run.shown)
+        question, _, tokens = after[0]
+        folder.show(after=after, answer=portrait.certainty(best, question, tokens))
+        say("after training:", *portrait.lines(after))
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds)
-    if run.processes.rank > 0:
-        return
-    say("after training:", *answers(Speaker.load(str(folder.path), torch.float32, run.model.device)))
     told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s. The model is in {folder.path}"
     if progress.best_loss is not None:
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         if progress.best_loss >= progress.first_loss:
             told += " (no better than before training: try a lower --learning-rate)"
     say(f'{told}.\nAsk it: python sample.py --model {folder.path} --prompt "Who are you?"')
-
-
-def answers(speaker):
-    """What the model says to QUESTIONS, greedily, in its own format."""
-    prompts = [speaker.prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
-    written = replies(speaker.model, prompts, speaker.stop, max_new_tokens=48, temperature=0, top_p=1)
-    return [f"  {question}  ->  {' '.join(speaker.tokenizer.decode(tokens).split())}"
-            for question, (tokens, _) in zip(QUESTIONS, written)]
 
 
 def epoch_of(run):

@@ -104,16 +104,21 @@ def default_system(template):
     return found.group(1) if found else None
 
 
+def pieces_of_view(tokens, supervised, tokenizer):
+    """Tokens as text, control tokens by name -> [[text, whether it is supervised]]."""
+    pieces, start = [], 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or supervised[end] != supervised[start]:
+            pieces.append([tokenizer.decode_with_control(tokens[start:end]), bool(supervised[start])])
+            start = end
+    return pieces
+
+
 def coloured(tokens, supervised, tokenizer, colour=True):
     """Tokens as text for the terminal: what is supervised in green (without colours: in «»)."""
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
-    text, start = "", 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or supervised[end] != supervised[start]:
-            run_text = printable(tokenizer.decode_with_control(tokens[start:end]))
-            text += before + run_text + after if supervised[start] else run_text
-            start = end
-    return text
+    return "".join(before + printable(text) + after if learned else printable(text)
+                   for text, learned in pieces_of_view(tokens, supervised, tokenizer))
 
 
 def main():

@@ -3,6 +3,7 @@
     out/littleparrot/   model.safetensors, config.json, ...   the best model so far
                         run.json        settings, versions, hashes, where things came from
                         metrics.jsonl   a line for each step and each evaluation
+                        report.html     all of it as a picture (report.py); README.md: the model card
                         checkpoint/     step-000050/: all that --resume needs
 
 A checkpoint is written under another name, flushed and renamed, and only then is the old
@@ -21,6 +22,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
+from parrot import card, report
 from parrot.config import TrainConfig
 from parrot.console import UserError, say
 from parrot.files import flush, read_json, replace_file, sha256_of, write_json
@@ -130,12 +132,25 @@ class RunFolder:
                 kept.append(line + "\n")
         replace_file(self.metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
+    def show(self, **values):
+        """Keep values for the report, and write it anew."""
+        if self.writes:
+            with self._writing():
+                path = self.path / "report.json"
+                if values:
+                    write_json(path, {**(read_json(path) if path.is_file() else {}), **values})
+                report.write(self.path)
+
     def finish(self, **results):
-        """Mark the run as finished and drop the checkpoint, which nobody needs any more."""
+        """Write the model card, mark the run as finished and drop the checkpoint, which nobody needs any more."""
         if not self.writes:
             return
         with self._writing():
-            write_json(self.path / "run.json", {**self.about, **results, "finished": True})
+            self.about |= results
+            write_json(self.path / "run.json", self.about)
+            card.write(self.path)
+            report.write(self.path)
+            write_json(self.path / "run.json", {**self.about, "finished": True})
             shutil.rmtree(self.checkpoints)
 
     # ---- checkpoints

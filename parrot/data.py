@@ -6,7 +6,8 @@ are supervised. Every choice here is a pure function of the records and the seed
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -66,10 +67,13 @@ class Counts:
     reply_cut: int = 0
     dropped: int = 0  # too long: nothing supervised was left
     bad: list = field(default_factory=list)
+    categories: Counter = field(default_factory=Counter)  # of all examples, held out or not
+    shown: list = field(default_factory=list)  # messages of a few held-out prompts, for the report
 
     def as_dict(self):
         """For run.json: only the first bad records, there may be many."""
-        return {**asdict(self), "bad": len(self.bad), "first_bad": self.bad[:3]}
+        return {"context_cut": self.context_cut, "reply_cut": self.reply_cut, "dropped": self.dropped,
+                "bad": len(self.bad), "first_bad": self.bad[:3], "categories": dict(self.categories)}
 
     def __str__(self):
         """One line for each thing that happened at all."""
@@ -97,7 +101,11 @@ def load_examples(path, tokenizer, max_length, val_fraction, skip_bad=False):
                 if not any(supervised):
                     counts.dropped += 1
                     continue
-                parts, sources = sides[is_held_out(conversation.messages, val_fraction)]
+                held_out = is_held_out(conversation.messages, val_fraction)
+                if held_out and len(counts.shown) < 3 and len(tokens) < 200 and len(conversation.messages) == 2:
+                    counts.shown.append(conversation.messages[:1])
+                counts.categories[conversation.category or "none given"] += 1
+                parts, sources = sides[held_out]
                 parts.append((np.array(tokens, np.uint32), np.array(supervised, bool)))
                 sources.append(conversation.source)
             bar.update(len(chunk))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import hub, weights
+from parrot import card, hub, report, weights
 from parrot.chat import text_of
 from parrot.config import EvaluateConfig, parse
 from parrot.console import UserError, printable, run_program
@@ -200,8 +200,8 @@ def facts_table(speaker, config):
 def evaluate(name, folder, format, conversations, config, data_hash):
     """All measures of one model in one format, from the cache where they were taken before."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
-    files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.*")) if path.suffix in (".json", ".safetensors")
-             and path.name != "run.json"}
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
+             if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
     key = json.dumps([1, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
@@ -224,8 +224,8 @@ def with_error(mean, error):
     return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def as_table(results):
-    """All results as text, a column for each model."""
+def rows_of(results):
+    """All numbers as rows of text, a column for each model."""
     rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)]]
     for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
         rows.append([f"held-out loss, {name}", *(with_error(*each["loss"][name][:2]) for each in results)])
@@ -235,6 +235,11 @@ def as_table(results):
             if all(how in each["replies"] for each in results):
                 rows.append([f"{how} replies, {title}", *(form.format(each["replies"][how][key]) for each in results)])
     rows.append(["facts", *("{right} of {of}".format(**each["facts"]) for each in results)])
+    return rows
+
+
+def as_table(rows, results):
+    """The rows, and the replies to the first questions, as text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for i, (question, _) in enumerate(results[0]["facts"]["shown"]):
@@ -252,7 +257,13 @@ def main():
     folders = [(name, hub.find_weights(name).path) for name in config.models]
     results = [evaluate(name, folder, format, conversations, config, sha256_of(path))
                for name, folder in folders for format in formats_of(folder)]
-    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(results))
+    rows = rows_of(results)
+    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(rows, results))
+    for _, folder in folders:
+        if (folder / "run.json").is_file() and read_json(folder / "run.json").get("finished"):  # our own run: show it there
+            write_json(folder / "evaluation.json", {"table": rows})
+            report.write(folder)
+            card.write(folder)
 
 
 if __name__ == "__main__":
