@@ -30,12 +30,22 @@ def _shorten(messages, key, floor, tokenizer, max_length):
         return [{**m, key: without_middle(m[key], count)} if m["role"] == "user" and m.get(key) else m
                 for m in messages]
 
+    def tokens_of(count):
+        return len(encode_chat(keeping(count), tokenizer)[0])
+
     longest = max((len(m.get(key, "")) for m in messages if m["role"] == "user"), default=0)
     low, high = floor, max(floor, min(longest, 32 * max_length))  # characters to keep of each
-    while low < high:  # the most that fits; tokens grow with characters
-        middle = (low + high + 1) // 2
-        fits = len(encode_chat(keeping(middle), tokenizer)[0]) <= max_length
-        low, high = (middle, high) if fits else (low, middle - 1)
+    at_low, at_high = tokens_of(low), tokens_of(high)
+    if at_high <= max_length:
+        return keeping(high)
+    turn = 0
+    while at_low < max_length - max_length // 200 - 2 and high - low > 1:  # near enough: 10 of 2,048
+        # As if all characters weighed alike, which takes a third of the time of halving; but
+        # every other time halve, for texts where they do not.
+        share = (max_length - at_low) / (at_high - at_low) if turn % 2 == 0 else 0.5
+        middle = min(max(low + int((high - low) * share), low + 1), high - 1)
+        tokens, turn = tokens_of(middle), turn + 1
+        low, at_low, high, at_high = (middle, tokens, high, at_high) if tokens <= max_length else (low, at_low, middle, tokens)
     return keeping(low)
 
 
