@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def train(config):
             processes.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             if not math.isfinite(loss + grad_norm):
-                names = ", ".join(run.train_set.sources[index] for index in indices)
+                names = ", ".join(run.train_set.source(index) for index in indices)
                 raise diverged(run, f"the loss is {loss} and the gradient's length {grad_norm}. Its examples: {names}")
             if progress.step % config.save_every == 0:  # here, where a finite loss shows that the weights are good
                 run.folder.save(model, optimizer, progress)
@@ -127,7 +127,7 @@ def set_up(config):
         f"up to {max_tokens} tokens in a forward{', compiled' if compiled else ''}", *str(counts).splitlines())
 
     about = describe(config, weights_from, data_from, {
-        "examples": len(train_set), "held_out": len(val_set), "counts": counts.as_dict(),
+        "examples": len(train_set), "held_out": len(val_set), "counts": asdict(counts),
         "lengths": report.length_histogram(train_set.lengths.tolist()), "device": str(device),
         "compiled": compiled, "processes": processes.size, "micro_batch_tokens": max_tokens, "steps": total_steps})
     with processes.one_after_the_other():

@@ -6,18 +6,22 @@ are supervised. Every choice here is a pure function of the records and the seed
 """
 
 import hashlib
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from parrot import hub, store
 from parrot.attention import Ribbon
 from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.console import UserError
-from parrot.records import read_conversations
+from parrot.files import read_json, sha256_of, write_json
+from parrot.records import read_conversations, source_of
 from parrot.shorten import fit
 
 
@@ -41,23 +45,30 @@ def is_held_out(messages, fraction):
 class Examples:
     """Tokenised conversations, end to end in flat arrays (few bytes a token, no objects)."""
 
-    def __init__(self, parts, sources, vocab_size):
-        """parts: [(tokens, supervised)]; sources: where each came from."""
-        kind = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self.lengths = np.array([len(tokens) for tokens, _ in parts], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        empty = [np.zeros(0)]
-        self.tokens = np.concatenate([t for t, _ in parts] or empty).astype(kind)
-        self.supervised = np.concatenate([s for _, s in parts] or empty).astype(bool)
-        self.sources = sources
+    def __init__(self, tokens, supervised, starts, lengths, numbers, source=""):
+        """tokens and supervised (T,); of each example where it starts, its length, its record's number."""
+        self.tokens, self.supervised = tokens, supervised
+        self.starts, self.lengths, self.numbers = starts, lengths, numbers
+        self._source = source  # what stands before the number: "data.jsonl:"
+
+    @classmethod
+    def of(cls, parts):
+        """[(tokens, supervised)] -> Examples in memory."""
+        lengths = np.array([len(tokens) for tokens, _ in parts])
+        tokens, supervised = (np.concatenate([np.asarray(each) for each in side]) for side in zip(*parts))
+        return cls(tokens, supervised, lengths.cumsum() - lengths, lengths, np.arange(len(parts)))
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, index):
         """(tokens, supervised) of one example, two arrays of one length."""
-        span = slice(self.starts[index], self.starts[index + 1])
+        span = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return self.tokens[span], self.supervised[span]
+
+    def source(self, index):
+        """Where an example came from: file and line."""
+        return f"{self._source}{self.numbers[index]}"
 
 
 @dataclass
@@ -66,14 +77,10 @@ class Counts:
     context_cut: int = 0
     reply_cut: int = 0
     dropped: int = 0  # too long: nothing supervised was left
-    bad: list = field(default_factory=list)
-    categories: Counter = field(default_factory=Counter)  # of all examples, held out or not
+    bad: int = 0
+    first_bad: list = field(default_factory=list)
+    categories: dict = field(default_factory=dict)  # of all examples, held out or not
     shown: list = field(default_factory=list)  # messages of a few held-out prompts, for the report
-
-    def as_dict(self):
-        """For run.json: only the first bad records, there may be many."""
-        return {"context_cut": self.context_cut, "reply_cut": self.reply_cut, "dropped": self.dropped,
-                "bad": len(self.bad), "first_bad": self.bad[:3], "categories": dict(self.categories)}
 
     def __str__(self):
         """One line for each thing that happened at all."""
@@ -81,15 +88,42 @@ class Counts:
             (self.context_cut, "too long: the middle of a context or of a long prompt was cut out"),
             (self.reply_cut, "too long: the end of a reply was cut off, and its stop token is not learned"),
             (self.dropped, "dropped: the prompt alone is too long"),
-            (len(self.bad), "bad, left out: " + "; ".join(self.bad[:3]))]
+            (self.bad, "bad, left out: " + "; ".join(self.first_bad))]
         return "\n".join(f"{count} {what}" for count, what in lines if count)
 
 
 def load_examples(path, tokenizer, max_length, val_fraction, skip_bad=False):
-    """A file -> (train Examples, held-out Examples, Counts)."""
-    counts = Counts()
-    sides = ([], []), ([], [])  # (parts, sources) of train, of held out
-    conversations = read_conversations(path, counts.bad if skip_bad else None)
+    """A file -> (train Examples, held-out Examples, Counts); from the cache where it was read before."""
+    path = Path(path)
+    recipe = [1, path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"), max_length, val_fraction, skip_bad]
+    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+    def encode(folder):
+        counts = Counts()
+        store.write(folder, encode_file(path, tokenizer, max_length, val_fraction, skip_bad, counts), tokenizer.vocab_size)
+        write_json(folder / "counts.json", asdict(counts))
+    folder = hub.kept(f"data/{name}", encode, at_most=8)
+
+    counts = Counts(**read_json(folder / "counts.json"))
+    tokens, supervised, index = store.read(folder, tokenizer.vocab_size)
+    starts = index[:, 0].cumsum() - index[:, 0]
+
+    def side(held_out):
+        rows = index[:, 2] == held_out
+        return Examples(tokens, supervised, starts[rows], index[rows, 0], index[rows, 1], source_of(path))
+    train, held_out = side(False), side(True)
+    if not len(train):
+        told = f" ({counts})" if str(counts) else ""
+        raise UserError(f"{path}: no example to train on{told}; {len(held_out)} held out by "
+                        f"--val-fraction {val_fraction}")
+    return train, held_out, counts
+
+
+def encode_file(path, tokenizer, max_length, val_fraction, skip_bad, counts):
+    """Yield (tokens, supervised, record number, held out) of every conversation, filling `counts`."""
+    bad = [] if skip_bad else None
+    conversations = read_conversations(path, bad)
+    categories = Counter()
     with tqdm(desc="reading", unit=" records", leave=False) as bar:
         while chunk := list(islice(conversations, 4096)):
             encoded = encode_pieces([pieces_of(each.messages) for each in chunk], tokenizer)
@@ -104,17 +138,11 @@ def load_examples(path, tokenizer, max_length, val_fraction, skip_bad=False):
                 held_out = is_held_out(conversation.messages, val_fraction)
                 if held_out and len(counts.shown) < 3 and len(tokens) < 200 and len(conversation.messages) == 2:
                     counts.shown.append(conversation.messages[:1])
-                counts.categories[conversation.category or "none given"] += 1
-                parts, sources = sides[held_out]
-                parts.append((np.array(tokens, np.uint32), np.array(supervised, bool)))
-                sources.append(conversation.source)
+                categories[conversation.category or "none given"] += 1
+                yield tokens, supervised, conversation.number, held_out
             bar.update(len(chunk))
-    train, held_out = (Examples(*side, tokenizer.vocab_size) for side in sides)
-    if not len(train):
-        told = f" ({counts})" if str(counts) else ""
-        raise UserError(f"{path}: no example to train on{told}; {len(held_out)} held out by "
-                        f"--val-fraction {val_fraction}")
-    return train, held_out, counts
+    counts.categories = dict(categories.most_common(20))
+    counts.bad, counts.first_bad = len(bad or ()), (bad or [])[:3]
 
 
 # ---- examples -> ribbons

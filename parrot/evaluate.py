@@ -134,7 +134,7 @@ def loss_table(speaker, conversations, config):
     """{"all": [mean, standard error, examples], category: ...}"""
     parts = [encode(conversation.messages, speaker, config.max_length) for conversation in conversations]
     kept = [i for i, (_, supervised) in enumerate(parts) if any(supervised)]
-    examples = Examples([tuple(map(np.array, parts[i])) for i in kept], [], speaker.tokenizer.vocab_size)
+    examples = Examples.of([parts[i] for i in kept])
     losses, counts = losses_of(speaker, examples, TOKENS_A_FORWARD[speaker.model.device.type])
     categories = np.array([conversations[i].category for i in kept])
     groups = {"all": np.ones(len(kept), bool)} | {name: categories == name for name in sorted(set(categories) - {""})}

@@ -57,9 +57,12 @@ def flush(path):
 
 
 def sha256_of(path):
-    """The sha256 of a file, as hexadecimal digits."""
+    """The sha256 of a file, as hexadecimal digits; UserError where it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return digest.hexdigest()

@@ -6,6 +6,7 @@ says what was wanted, why it failed and what else can be done.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -170,28 +171,34 @@ def cache_folder():
 
 
 def _instruct_q4():
-    return _kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel)
+    return kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel)
 
 
 def _imported_gguf(path):
-    return _kept(f"gguf-{sha256_of(path)[:12]}", lambda folder: import_gguf(path, folder))
+    return kept(f"gguf-{sha256_of(path)[:12]}", lambda folder: import_gguf(path, folder))
 
 
-def _kept(name, make):
-    """The folder `name` in the cache; made by `make(folder)` the first time, whole or not at all."""
+def kept(name, make, at_most=None):
+    """The folder `name` in the cache; made by `make(folder)` the first time, whole or not at all.
+
+    at_most: so many folders stay beside each other; the oldest go.
+    """
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / name
+            made = Path(temporary) / folder.name
             made.mkdir()
             make(made)
             if not folder.is_dir():  # another process may have been faster
                 made.rename(folder)
+        if at_most:
+            for old in sorted(folder.parent.iterdir(), key=os.path.getmtime)[:-at_most]:
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write the model cache {folder}: {error.strerror or error} "
+        raise UserError(f"cannot write the cache {folder}: {error.strerror or error} "
                         "(XDG_CACHE_HOME moves it)") from None
     return folder
 

@@ -23,6 +23,7 @@ class Conversation:
     """messages: [{"role", "content", perhaps "context"}]; source: file and line, for errors."""
     messages: list
     source: str
+    number: int = 0  # of the line, or of the record in an array
     category: str = ""  # what kind of task it is, where the record says so (Dolly has eight)
 
 
@@ -38,13 +39,14 @@ def read_conversations(path, bad=None):
     """
     path = Path(path)
     try:
-        records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
-        for source, parse in records:
+        source = source_of(path)
+        for number, parse in _parquet_records(path) if path.suffix == ".parquet" else _json_records(path):
             try:
                 record = parse()
-                yield Conversation(_of_sane_length(to_messages(record)), source, str(record.get("category", ""))[:80])
+                messages = _of_sane_length(to_messages(record))
+                yield Conversation(messages, f"{source}{number}", number, str(record.get("category", ""))[:80])
             except (ValueError, RecursionError) as error:  # BadRecord, or the JSON parser's own
-                fault = f"{source}: {_in_words(error)}"
+                fault = f"{source}{number}: {_in_words(error)}"
                 if bad is None:
                     raise UserError(f"{fault} (--skip-bad-records leaves such records out)") from None
                 bad.append(fault)
@@ -52,24 +54,32 @@ def read_conversations(path, bad=None):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _json_records(path):
-    """Yield (source, function that parses the record): an array of objects, or one a line."""
+def source_of(path):
+    """What stands before a record's number: "data.jsonl:" and lines, or "data.json: record "."""
+    return f"{path}: record " if path.suffix == ".parquet" or _is_array(path) else f"{path}:"
+
+
+def _is_array(path):
     with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # some editors add this mark
-        file.seek(0)
-        if start.startswith(b"["):
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")  # some editors add this mark
+
+
+def _json_records(path):
+    """Yield (number, function that parses the record): an array of objects, or one a line."""
+    with open(path, "rb") as file:
+        if _is_array(path):
             try:
                 records = json.loads(file.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: {_in_words(error)}") from None
             for number, record in enumerate(records, 1):
-                yield f"{path}: record {number}", lambda record=record: record
+                yield number, lambda record=record: record
             return
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield f"{path}:{number}", lambda line=line: json.loads(line.decode("utf-8"))
+                yield number, lambda line=line: json.loads(line.decode("utf-8"))
 
 
 def _parquet_records(path):
@@ -82,7 +92,7 @@ def _parquet_records(path):
         for batch in parquet.ParquetFile(path).iter_batches(1024):
             for record in batch.to_pylist():
                 number += 1
-                yield f"{path}: record {number}", lambda record=record: record
+                yield number, lambda record=record: record
     except ArrowException as error:
         raise UserError(f"{path}: not a Parquet file: {error}") from None
 

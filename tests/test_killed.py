@@ -142,12 +142,13 @@ def outcome(folder):
 @pytest.fixture
 def whole(config, tmp_path):
     """(outcome, seconds, touches of the disk) of the run that nothing stopped."""
-    Training(config("warm")).finish()  # the first one waits for the imports
-    began = time.monotonic()
-    status, touches, told = Training(config("whole"), at_touch, 0, die).finish()
-    assert status == 0, told
-    seconds = time.monotonic() - began
-    return outcome(tmp_path / "whole"), seconds, touches
+    seconds = []
+    for name in ("warm", "again", "whole"):  # the first one waits for the imports
+        began = time.monotonic()
+        status, touches, told = Training(config(name), at_touch, 0, die).finish()
+        assert status == 0, told
+        seconds.append(time.monotonic() - began)
+    return outcome(tmp_path / "whole"), min(seconds), touches
 
 
 def go_on_to_the_end(config, whole):
@@ -170,9 +171,9 @@ def finished(config):
 
 
 def test_killed_at_random_moments(config, whole):
-    """20 kills, in whatever the run does: reading, a step, an evaluation; two in a row."""
+    """12 kills, in whatever the run does: reading, a step, an evaluation; two in a row."""
     chance, kills = random.Random(0), 0
-    for number in range(10):
+    for number in range(6):
         c = config(f"run-{number}")
         while kills < 2 * (number + 1):
             if finished(c):  # before it died twice
@@ -246,6 +247,8 @@ def test_out_of_memory_says_what_to_lower(settings, records_file):
 def as_nobody():
     """A user who may not write into any folder of the tests (root may, whatever its mode)."""
     if os.getuid() == 0:
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+        os.chown(os.environ["XDG_CACHE_HOME"], 65534, 65534)
         os.seteuid(65534)
 
 

@@ -41,8 +41,8 @@ def test_held_out_prompts_are_asked_too(speaker):
 
 
 def test_the_example_is_marked_as_it_is_learned(speaker):
-    tokens, supervised = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], speaker.tokenizer)
-    import numpy as np
-    examples = Examples([(np.array(tokens), np.array(supervised))], ["here"], 320)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    tokens, supervised = encode_chat(messages, speaker.tokenizer)
+    examples = Examples.of([(tokens, supervised)])
     assert portrait.example(examples, speaker.tokenizer) == [
         ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False], ["Ho<|im_end|>", True], ["\n", False]]

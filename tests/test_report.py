@@ -39,12 +39,15 @@ ABOUT = {"config": {"out": HOSTILE, "epochs": 2, "max_steps": None}, "steps": 40
          "weights": {"name": HOSTILE, "from": "a folder", "files": {"model.safetensors": "abc123"}},
          "data": {"name": HOSTILE, "from": "a file", "sha256": "def456"}, "versions": {"torch": "9.9"}, "machine": "Linux",
          "device": "cpu", "processes": 1, "lengths": {"up to 64": 200, "128": 100},
-         "counts": {"context_cut": 3, "reply_cut": 0, "dropped": 0, "bad": 2, "first_bad": [HOSTILE], "categories": {HOSTILE: 307}}}
-METRICS = [{"step": 0, "val_loss": 3.25}, *({"step": n, "train_loss": 3 - n / 20, "learning_rate": n * 1e-5, "grad_norm": 1.0,
-                                             "tokens_per_second": 100.0 + n} for n in range(1, 41)), {"step": 40, "val_loss": 2.125}]
+         "counts": {"context_cut": 3, "reply_cut": 0, "dropped": 0, "bad": 2, "first_bad": [HOSTILE],
+                    "categories": {HOSTILE: 307}}}
+STEPS = [{"step": n, "train_loss": 3 - n / 20, "learning_rate": n * 1e-5, "grad_norm": 1.0, "tokens_per_second": 100.0 + n}
+         for n in range(1, 41)]
+METRICS = [{"step": 0, "val_loss": 3.25}, *STEPS, {"step": 40, "val_loss": 2.125}]
 SHOWN = {"before": [[HOSTILE, HOSTILE, [1]], ["b?", "c", [2]]], "after": [[HOSTILE, HOSTILE, [1]], ["b?", "d", [3]]],
          "example": [[HOSTILE, False], ["reply" + HOSTILE, True]],
-         "answer": [{"text": HOSTILE, "probability": 0.5, "top_p": 0.9, "nucleus": 3, "likeliest": [[HOSTILE, 0.5], ["no", 0.25]]}]}
+         "answer": [{"text": HOSTILE, "probability": 0.5, "top_p": 0.9, "nucleus": 3,
+                     "likeliest": [[HOSTILE, 0.5], ["no", 0.25]]}]}
 EVALUATION = {"table": [["", HOSTILE], ["held-out loss, all", "2.125 ± 0.010"]]}
 
 
@@ -91,7 +94,8 @@ def test_the_words_are_those_of_the_run(page):
 
 
 def test_supervised_tokens_are_marked_and_probabilities_told(page):
-    assert [attributes["class"] for tag, attributes in page.tags if tag == "span" and "class" in attributes][-2:] == ["", "learned"]
+    classes = [attributes["class"] for tag, attributes in page.tags if tag == "span" and "class" in attributes]
+    assert classes[-2:] == ["", "learned"]
     hover = next(attributes["title"] for tag, attributes in page.tags if "title" in attributes)
     assert "50.0%; the nucleus of top-p 0.9 holds 3 tokens" in hover and "25.0%" in hover and "'no'" in hover
 
@@ -120,7 +124,8 @@ def test_a_whole_run_writes_its_report(tiny_folder, records_file, tmp_path):
     import train
     from parrot.config import TrainConfig
     out = tmp_path / "out"
-    train.train(TrainConfig(weights=str(tiny_folder), data=str(records_file(some_records(40))), out=str(out), epochs=1, batch_size=8,
+    data = records_file(some_records(40))
+    train.train(TrainConfig(weights=str(tiny_folder), data=str(data), out=str(out), epochs=1, batch_size=8,
                             val_fraction=0.2, eval_every=2, device="cpu", learning_rate=1e-2))
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     shown = json.loads((out / "report.json").read_text(encoding="utf-8"))
