@@ -137,6 +137,23 @@ class EvaluateConfig:
         """Nothing here can contradict."""
 
 
+@dataclass
+class BenchmarkConfig:
+    weights: str = option("instruct-q4", WEIGHTS)
+    data: str = option("quickstart", "what to train on: what train.py's --data takes")
+    steps: int = option(3, "optimizer steps that are timed", at_least=1)
+    batch_size: int = option(64, "examples in one optimizer step", at_least=1)
+    micro_batch_tokens: int | None = option(None, "token budget of one forward", at_least=1)
+    max_length: int = option(2048, "longest example in tokens", at_least=8)
+    compile: str = option("off", "whether training runs compiled code", choices=("on", "off"))
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    dtype: str = option("bfloat16", "type of the matrix products", choices=DTYPES)
+    json: bool = option(False, "print the figures as JSON, in SI units")
+
+    def contradiction(self):
+        """Nothing here can contradict."""
+
+
 def parse(config_class, argv, description, presets=None):
     """Build `config_class` from a command line. A wrong one ends the process with status 2.
 

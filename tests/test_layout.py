@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
     {"console"}, {"config", "files", "store", "attention", "device", "distributed"}, {"tokenizer", "compiling"},
     {"model", "chat", "gguf_import"}, {"weights", "hub", "records", "optim", "shorten", "report", "card"}, {"data", "speaker"},
-    {"checkpoint", "training", "sampling"}, {"evaluate", "portrait"}]
+    {"checkpoint", "training", "sampling"}, {"evaluate", "portrait", "benchmark"}]
 MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
 LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",
                  "parrot/training.py", "parrot/sampling.py", "train.py", "sample.py"]
@@ -38,7 +38,7 @@ def lines_of(paths):
 
 def test_the_code_stays_small():
     assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 2800
+    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 2950
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -51,8 +51,9 @@ def test_examples_in_docstrings(name):
 def test_the_readme_names_real_flags_and_files():
     from dataclasses import fields
 
-    from parrot.config import EvaluateConfig, SampleConfig, TrainConfig
+    from parrot.config import BenchmarkConfig, EvaluateConfig, SampleConfig, TrainConfig
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    flags = {"--" + f.name.replace("_", "-") for c in (TrainConfig, SampleConfig, EvaluateConfig) for f in fields(c)}
+    configs = (TrainConfig, SampleConfig, EvaluateConfig, BenchmarkConfig)
+    flags = {"--" + f.name.replace("_", "-") for c in configs for f in fields(c)}
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= flags | {"--help"}
     assert all(f"{name}.py" in readme for name in MODULES)
