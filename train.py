@@ -113,11 +113,11 @@ def set_up(config):
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     max_tokens = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
 
-    with processes.one_after_the_other():  # the first may have to download
+    with processes.one_after_the_other():  # the first may have to download and to tokenise, the others find it done
         data_from, weights_from = hub.find_data(config.data), hub.find_weights(config.weights)
-    model, tokenizer = weights.load(weights_from.path, torch.float32, device)
-    train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
-                                               config.val_fraction, config.skip_bad_records)
+        model, tokenizer = weights.load(weights_from.path, torch.float32, device)
+        train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
+                                                   config.val_fraction, config.skip_bad_records)
     total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
     tokens = total_steps * config.batch_size * train_set.lengths.mean()

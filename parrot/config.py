@@ -133,10 +133,6 @@ class EvaluateConfig:
     dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
     json: bool = option(False, "print all results as JSON instead of a table")
 
-    def contradiction(self):
-        """Nothing here can contradict."""
-
-
 @dataclass
 class BenchmarkConfig:
     weights: str = option("instruct-q4", WEIGHTS)
@@ -149,10 +145,6 @@ class BenchmarkConfig:
     device: str = option("auto", "where to compute", choices=DEVICES)
     dtype: str = option("bfloat16", "type of the matrix products", choices=DTYPES)
     json: bool = option(False, "print the figures as JSON, in SI units")
-
-    def contradiction(self):
-        """Nothing here can contradict."""
-
 
 def parse(config_class, argv, description, presets=None):
     """Build `config_class` from a command line. A wrong one ends the process with status 2.
@@ -170,8 +162,8 @@ def parse(config_class, argv, description, presets=None):
             parser.set_defaults(**defaults)
             args = parser.parse_args(argv)
     config = config_class(**vars(args))
-    if config.contradiction():
-        parser.error(config.contradiction())
+    if hasattr(config, "contradiction") and (fault := config.contradiction()):
+        parser.error(fault)
     return config
 
 

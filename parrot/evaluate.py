@@ -134,6 +134,8 @@ def loss_table(speaker, conversations, config):
     """{"all": [mean, standard error, examples], category: ...}"""
     parts = [encode(conversation.messages, speaker, config.max_length) for conversation in conversations]
     kept = [i for i, (_, supervised) in enumerate(parts) if any(supervised)]
+    if not kept:
+        raise UserError(f"no held-out example fits --max-length {config.max_length}")
     examples = Examples.of([parts[i] for i in kept])
     losses, counts = losses_of(speaker, examples, TOKENS_A_FORWARD[speaker.model.device.type])
     categories = np.array([conversations[i].category for i in kept])
@@ -221,14 +223,15 @@ def formats_of(folder):
 
 
 def with_error(mean, error):
-    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    """A mean and its standard error as text; "" of a category in which this model had no example."""
+    return "" if mean is None else f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
 def rows_of(results):
     """All numbers as rows of text, a column for each model."""
     rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)]]
     for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
-        rows.append([f"held-out loss, {name}", *(with_error(*each["loss"][name][:2]) for each in results)])
+        rows.append([f"held-out loss, {name}", *(with_error(*each["loss"].get(name, (None, None))[:2]) for each in results)])
     for how in ("greedy", "sampled"):
         for key, title, form in (("ended", "ended by themselves", "{:.1%}"), ("length", "length / reference", "{:.2f}"),
                                  ("repeated", "repeated 4-grams", "{:.1%}"), ("rouge_l", "ROUGE-L", "{:.3f}")):
@@ -255,7 +258,8 @@ def main():
     if not conversations:
         raise UserError(f"{path}: nothing is held out by --val-fraction {config.val_fraction}")
     folders = [(name, hub.find_weights(name).path) for name in config.models]
-    results = [evaluate(name, folder, format, conversations, config, sha256_of(path))
+    data_hash = sha256_of(path)
+    results = [evaluate(name, folder, format, conversations, config, data_hash)
                for name, folder in folders for format in formats_of(folder)]
     rows = rows_of(results)
     print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(rows, results))

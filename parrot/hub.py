@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from parrot.console import UserError, say
-from parrot.files import sha256_of
+from parrot.files import flush, sha256_of
 from parrot.gguf_import import import_gguf
 
 HUB_MODELS = {"base": "HuggingFaceTB/SmolLM2-135M", "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -166,7 +166,7 @@ def _within(seconds, function):
 # ---- the wheel, and GGUF files
 
 def cache_folder():
-    """Where imported models are kept: $XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
+    """Where imported models, tokenised data and evaluations are kept: $XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "littleparrot"
 
 
@@ -192,10 +192,13 @@ def kept(name, make, at_most=None):
             made = Path(temporary) / folder.name
             made.mkdir()
             make(made)
+            for each in (*made.iterdir(), made):  # after a power cut, all of it or nothing
+                flush(each)
             if not folder.is_dir():  # another process may have been faster
                 made.rename(folder)
         if at_most:
-            for old in sorted(folder.parent.iterdir(), key=os.path.getmtime)[:-at_most]:
+            made_at = {each: each.stat().st_mtime for each in folder.parent.iterdir() if not each.name.startswith("tmp")}
+            for old in sorted(made_at, key=made_at.get)[:-at_most]:
                 shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the cache {folder}: {error.strerror or error} "

@@ -42,10 +42,9 @@ def write(folder):
     """Write report.html into a run's folder from what lies there. OSError where the disk refuses."""
     folder = Path(folder)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    extra = {name: read_json(folder / name) if (folder / name).is_file() else {}
-             for name in ("report.json", "evaluation.json")}
-    page = render(read_json(folder / "run.json"), [json.loads(line) for line in lines], **{
-        "shown": extra["report.json"], "evaluation": extra["evaluation.json"]})
+    shown, evaluation = (read_json(folder / name) if (folder / name).is_file() else {}
+                         for name in ("report.json", "evaluation.json"))
+    page = render(read_json(folder / "run.json"), [json.loads(line) for line in lines], shown, evaluation)
     replace_file(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 

@@ -165,7 +165,13 @@ def test_a_base_model_is_judged_in_plain_text_too(run, tiny_folder, tmp_path):
     assert chat["loss"]["all"][0] == pytest.approx(json.loads(run(tiny_folder, "--json")[1])[0]["loss"]["all"][0], rel=1e-3)
 
 
-def test_errors_in_words(run, tmp_path):
+def test_a_category_that_one_model_has_no_example_of():
+    assert evaluate.with_error(None, None) == "" and evaluate.with_error(1, None) == "1.000"
+
+
+def test_errors_in_words(run, tmp_path, tiny_folder):
+    status, out, err = run(tiny_folder, "--max-length", 8)
+    assert status == 1 and out == "" and "no held-out example fits --max-length 8" in err
     status, out, err = run(tmp_path / "nowhere")
     assert status == 1 and out == "" and "no such file or folder" in err
     assert run()[0] == 2
