@@ -22,7 +22,7 @@ from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import TOKENS_A_FORWARD, pick_device
+from parrot.device import TOKENS_A_FORWARD, keep_memory, pick_device
 from parrot.distributed import Processes
 from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
@@ -52,6 +52,7 @@ class Run:
 
 def train(config):
     """Train as `config` says and leave the best model in its folder. UserError, Interrupted."""
+    give_memory_back = keep_memory()
     run = set_up(config)
     model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
     if progress.step == 0 and processes.rank == 0:
@@ -92,6 +93,7 @@ def train(config):
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
+            give_memory_back()
 
             # What happened, for the file and for the eye.
             tokens, seconds = sum(len(batch.tokens) for batch in batches), time.perf_counter() - started

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from parrot import hub, weights
+from parrot import hub, packed, weights
 from parrot.compiling import compile_blocks
 from parrot.config import BenchmarkConfig, TrainConfig, parse
 from parrot.console import UserError, run_program
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.device import TOKENS_A_FORWARD, pick_device
+from parrot.device import TOKENS_A_FORWARD, keep_memory, pick_device
 from parrot.optim import make_optimizer
 from parrot.sampling import generate
 from parrot.training import accumulate_gradients
@@ -71,6 +71,7 @@ def flop_of(model, lengths, supervised):
 
 def training(model, examples, config, device, dtype):
     """Whole optimizer steps -> {tokens a second, FLOP a second, peak memory in bytes}."""
+    give_memory_back = keep_memory()
     compile_blocks(model, config.compile, 0, dtype)
     optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-6))
     speeds, rates = [], []
@@ -83,6 +84,7 @@ def training(model, examples, config, device, dtype):
         accumulate_gradients(model, batches, supervised, dtype)
         optimizer.step()
         optimizer.zero_grad()
+        give_memory_back()
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken, lengths = time.perf_counter() - started, examples.lengths[indices].tolist()
@@ -122,9 +124,11 @@ def measure(config):
     found["sample.py to its first word, s"] = first_word(folder, device, config.dtype)
 
     model = weights.load_model(folder, dtype, device)
+    size = sum(p.nbytes for p in model.parameters())
+    if packed.pays(device, dtype):
+        packed.pack(model)
     found["one reply, tokens/s"] = writing(model, 1)
-    found["one reply, share of the memory's rate"] = (
-        found["one reply, tokens/s"] * sum(p.nbytes for p in model.parameters()) / found["memory read, byte/s"])
+    found["one reply, share of the memory's rate"] = found["one reply, tokens/s"] * size / found["memory read, byte/s"]
     found["16 replies, tokens/s together"] = writing(model, 16)
 
     model, tokenizer = weights.load(folder, torch.float32, device)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import card, hub, report, weights
+from parrot import card, hub, report
 from parrot.chat import text_of
 from parrot.config import EvaluateConfig, parse
 from parrot.console import UserError, printable, run_program
@@ -118,7 +118,7 @@ def prompt_of(messages, speaker):
 def losses_of(speaker, examples, max_tokens):
     """The loss of each example, summed over its supervised tokens (n,), and their counts (n,)."""
     losses, counts = np.zeros(len(examples)), np.zeros(len(examples))
-    dtype = speaker.model.lm_head.weight.dtype
+    dtype = speaker.model.dtype
     for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
                         desc=f"{speaker.name}: held-out loss", leave=False):
         batch = Batch.of(examples, indices, speaker.model.device)
@@ -208,8 +208,8 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return {"model": name, **read_json(path)}
-    loaded = weights.load(folder, getattr(torch, config.dtype), pick_device(config.device))
-    speaker = Speaker.of(name, folder, *loaded, format)
+    speaker = Speaker.load(str(folder), getattr(torch, config.dtype), pick_device(config.device), format)
+    speaker.name = name
     results = {"format": format, "loss": loss_table(speaker, conversations, config),
                "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}
     path.parent.mkdir(parents=True, exist_ok=True)

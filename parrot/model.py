@@ -159,7 +159,12 @@ class Llama(nn.Module):
     @property
     def device(self):
         """Where the weights are."""
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        """In what the weights are kept."""
+        return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens, place):
         """tokens (N,), place: a Ribbon or a KVCache's step -> hidden states (N, C)."""

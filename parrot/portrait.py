@@ -34,7 +34,7 @@ def certainty(speaker, question, tokens):
     logits = speaker.model.logits(rows).float()
     likeliest = logits.softmax(-1).topk(6)
     return [{"text": speaker.tokenizer.decode([token]), "probability": float(logits[i].softmax(-1)[token]), "top_p": TOP_P,
-             "nucleus": int((nucleus(logits[i:i + 1], 1.0, TOP_P) > 0).sum()),
+             "nucleus": int((nucleus(logits[i:i + 1], 1.0, TOP_P)[0] > 0).sum()),
              "likeliest": [[speaker.tokenizer.decode_with_control([other]), float(share)]
                            for share, other in zip(likeliest.values[i], likeliest.indices[i])]}
             for i, token in enumerate(tokens)]

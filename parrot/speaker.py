@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from parrot import hub, weights
+from parrot import hub, packed, weights
 from parrot.chat import default_system, encode_prompt
 from parrot.model import Llama
 from parrot.tokenizer import Tokenizer
@@ -24,7 +24,10 @@ class Speaker:
     def load(cls, name, dtype, device, format="auto"):
         """A name that --model takes -> Speaker. format: chat, plain, or auto: as the folder is."""
         folder = hub.find_weights(name).path
-        return cls.of(name, folder, *weights.load(folder, dtype, device), format)
+        model, tokenizer = weights.load(folder, dtype, device)
+        if packed.pays(device, dtype):
+            packed.pack(model)
+        return cls.of(name, folder, model, tokenizer, format)
 
     @classmethod
     def of(cls, name, folder, model, tokenizer, format="auto"):

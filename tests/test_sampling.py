@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parrot.console import UserError
-from parrot.sampling import choose, generate, nucleus
+from parrot import sampling
+from parrot.sampling import choose, generate
+
+
+def nucleus(logits, temperature, top_p):
+    """The probability of every token (B, V), zero outside the nucleus."""
+    probabilities, tokens = sampling.nucleus(logits, temperature, top_p)
+    return torch.zeros_like(logits).scatter(-1, tokens, probabilities)
 
 
 def brute_force(probabilities, top_p):
@@ -40,6 +47,20 @@ def test_the_token_that_crosses_the_threshold_stays_in():
     assert nucleus(logits, 1.0, 0.6)[0].gt(0).tolist() == [True, True, False, False]
     assert nucleus(logits, 1.0, 0.5)[0].gt(0).tolist() == [True, False, False, False]
     assert nucleus(logits, 1.0, 0.8)[0].gt(0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 300])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95])
+def test_nucleus_of_a_whole_vocabulary_against_a_plain_sort(steps, top_p):
+    """Flat or peaked, in few distinct values with many ties, as bfloat16 logits have."""
+    logits = (torch.randn(2, 49152, generator=torch.Generator().manual_seed(0)) * steps).round() / 20
+    probabilities = logits.softmax(-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    inside = ordered.cumsum(-1) - ordered < top_p
+    ours = nucleus(logits, 1.0, top_p)
+    for row in range(2):
+        assert set(ours[row].nonzero().flatten().tolist()) == set(tokens[row][inside[row]].tolist())
+    assert torch.allclose(ours.sum(-1), torch.ones(2))
 
 
 def test_top_p_of_one_keeps_everything():

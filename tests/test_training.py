@@ -15,12 +15,25 @@ from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
 from parrot.distributed import Processes
 from parrot.optim import make_optimizer
-from parrot.training import accumulate_gradients, held_out_loss
+from parrot.training import accumulate_gradients, cross_entropy, held_out_loss
 
 
 def accumulate(model, batches, dtype=torch.float32):
     """The gradient of a whole step in one process."""
     return accumulate_gradients(model, batches, sum(len(batch.targets) for batch in batches), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 19])
+def test_the_loss_and_its_gradient_by_hand_are_those_of_autograd(rows, dtype):
+    logits = (torch.randn(rows, 1000, generator=torch.Generator().manual_seed(0)) * 20).to(dtype).requires_grad_()
+    targets = torch.arange(rows) * 7 % 1000
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    (expected.sum() / 50).backward()
+    losses, gradient = cross_entropy(logits.detach().clone(), targets, 1 / 50)
+    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert gradient.dtype == dtype and torch.allclose(gradient, logits.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4,
+                                                      atol=1e-8)
 
 
 @pytest.fixture

@@ -1,0 +1,68 @@
+"""Weights in the order in which a CPU's matrix code reads them: the same replies, sooner.
+
+For one new token each weight is used once, so all that counts is how fast it comes from
+memory. oneDNN, the library under torch's products on a CPU, reads a matrix in an order of its
+own almost twice as fast (bfloat16, 2 cores, measured: 37 GB/s instead of 18 for the last matrix,
+17 instead of 10 for those of a block). And matrices that read the same row become one.
+Together one reply takes 2/3 of the time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from parrot.model import rotate
+
+
+class PackedLinear(nn.Module):
+    """One or several linear layers of the same input, as one product: (N, in) -> (N, all outs)."""
+
+    def __init__(self, *linears):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class PackedAttention(nn.Module):
+    """model.Attention: its three projections are one."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads = [p.weight.shape[0] // attention.head_dim for p in (attention.q_proj, attention.k_proj)]  # H, K
+        self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = PackedLinear(attention.o_proj)
+
+    def project(self, x, cos, sin):
+        """x (N, C) -> q (N, H, D), k and v (N, K, D)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (sum(self.heads) + self.heads[1], -1))  # (N, H + 2 K, D)
+        qk, v = qkv.split([sum(self.heads), self.heads[1]], dim=1)
+        return *rotate(qk, cos, sin).split(self.heads, dim=1), v
+
+
+class PackedMLP(nn.Module):
+    """model.MLP: gate and up are one."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_up_proj = PackedLinear(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = PackedLinear(mlp.down_proj)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def pays(device, dtype):
+    """Whether these are weights and a machine for which packing is known to work and to pay."""
+    return (torch.device(device).type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(model):
+    """Pack a model that only speaks from now on; its own matrices are given up on the way."""
+    for block in model.model.layers:
+        block.self_attn, block.mlp = PackedAttention(block.self_attn), PackedMLP(block.mlp)
+    model.lm_head = PackedLinear(model.lm_head)
