@@ -17,7 +17,7 @@ import torch
 
 from parrot.config import SampleConfig, parse
 from parrot.console import UserError, printable, run_program, say
-from parrot.device import pick_device
+from parrot.device import pick_device, pick_dtype
 from parrot.sampling import check_room, generate, replies
 from parrot.speaker import Speaker
 from parrot.tokenizer import StreamDecoder
@@ -54,7 +54,8 @@ def newest_run():
 
 def load_speaker(name, config):
     """Load the model `name` in the format that was asked for."""
-    return Speaker.load(name, getattr(torch, config.dtype), pick_device(config.device), config.format)
+    device = pick_device(config.device)
+    return Speaker.load(name, pick_dtype(config.dtype, device), device, config.format)
 
 
 def how(speaker, config):

@@ -22,8 +22,9 @@ from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import TOKENS_A_FORWARD, keep_memory, pick_device
+from parrot.device import keep_memory, pick_device, pick_dtype, tokens_a_forward
 from parrot.distributed import Processes
+from parrot.limits import flop_of, matrix_rate
 from parrot.model import Llama
 from parrot.optim import learning_rate, make_optimizer
 from parrot.speaker import Speaker
@@ -48,6 +49,7 @@ class Run:
     total_steps: int
     dtype: torch.dtype  # of the matrix products; the weights are float32
     max_tokens: int  # of one forward
+    limit: float  # FLOP a second of a large matrix product here, by all processes
 
 
 def train(config):
@@ -99,9 +101,10 @@ def train(config):
             tokens, seconds = sum(len(batch.tokens) for batch in batches), time.perf_counter() - started
             progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
             progress.seconds += seconds
+            share = flop_of(model, run.train_set.lengths[indices].tolist(), supervised) / seconds / run.limit
             run.folder.log(step=progress.step, epoch=epoch_of(run), train_loss=loss, learning_rate=rate,
-                           grad_norm=grad_norm, tokens=progress.tokens,
-                           tokens_per_second=round(tokens / seconds, 1), seconds=round(progress.seconds, 2))
+                           grad_norm=grad_norm, tokens=progress.tokens, tokens_per_second=round(tokens / seconds, 1),
+                           share_of_limit=round(share, 4), seconds=round(progress.seconds, 2))
             bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {tokens / seconds:.0f} tokens/s", refresh=False)
             bar.update()
     finish(run)
@@ -112,8 +115,9 @@ def set_up(config):
     processes = Processes()
     folder = RunFolder(config.out, writes=processes.rank == 0)
     folder.begin(config.resume)
-    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
-    max_tokens = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    max_tokens = config.micro_batch_tokens or tokens_a_forward(device)
 
     with processes.one_after_the_other():  # the first may have to download and to tokenise, the others find it done
         data_from, weights_from = hub.find_data(config.data), hub.find_weights(config.weights)
@@ -136,7 +140,7 @@ def set_up(config):
         folder.open(about, config.resume)
         progress = folder.restore(model, optimizer) if config.resume else Progress()
     return Run(config, processes, folder, weights_from.path, model, tokenizer, train_set, val_set, optimizer,
-               progress, counts.shown, total_steps, dtype, max_tokens)
+               progress, counts.shown, total_steps, dtype, max_tokens, matrix_rate(device, dtype) * processes.size)
 
 
 def split(run, indices):

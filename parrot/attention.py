@@ -16,6 +16,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from parrot import varlen
+
 # On a CPU, SDPA's backward is slow in bfloat16. Up to this length plain matrix products take
 # less time (220 tokens: 2.0 ms instead of 5.3, 440: 6.6 instead of 14; 1,800: 167 instead of
 # 116), and bearable memory: they keep n x n weights for the backward.
@@ -32,9 +34,12 @@ class Ribbon:
     def __init__(self, lengths, device="cpu"):
         self.lengths = lengths
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
+        self.seams = varlen.seams(lengths, device) if varlen.works_on(device) else None
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam."""
+        if self.seams is not None and q.dtype in varlen.DTYPES:
+            return varlen.attend(q, k, v, self.seams, max(self.lengths))
         documents = zip(*(x.split(self.lengths) for x in (q, k, v)))  # each (n, heads, D)
         return torch.cat([_attend_document(*document) for document in documents])  # (N, H, D)
 

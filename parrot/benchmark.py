@@ -22,51 +22,13 @@ from parrot.compiling import compile_blocks
 from parrot.config import BenchmarkConfig, TrainConfig, parse
 from parrot.console import UserError, run_program
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.device import TOKENS_A_FORWARD, keep_memory, pick_device
+from parrot.device import keep_memory, pick_device, pick_dtype, tokens_a_forward
+from parrot.limits import flop_of, matrix_rate, memory_rate, seconds
 from parrot.optim import make_optimizer
 from parrot.sampling import generate
 from parrot.training import accumulate_gradients
 
 SAMPLE = Path(__file__).parent.parent / "sample.py"
-
-
-def seconds(work, device, times=5):
-    """The median time of `work()`, once for nothing before."""
-    taken = []
-    for _ in range(times + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
-
-
-def matrix_rate(device, dtype):
-    """FLOP a second of one large matrix product in `dtype`."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n ** 3 / seconds(lambda: a @ b, device)
-
-
-def memory_rate(device):
-    """Bytes a second of reading memory that no cache holds."""
-    numbers = torch.ones(2 ** 27, device=device)  # half a gigabyte
-    return numbers.nbytes / seconds(lambda: numbers.sum(), device)
-
-
-def flop_of(model, lengths, supervised):
-    """FLOP of one forward and backward: of what has to be computed, whatever the code does.
-
-    A matrix product with W costs 2 FLOP for each weight and row, its backward twice that.
-    Attention is counted within each example and only into the past, the last matrix only for
-    supervised rows.
-    """
-    config = model.config
-    linear = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
-    attention = sum(2 * n * n for n in lengths) * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    head = 2 * supervised * config.vocab_size * config.hidden_size
-    return 3 * (2 * linear * sum(lengths) + attention + head)
 
 
 def training(model, examples, config, device, dtype):
@@ -77,7 +39,7 @@ def training(model, examples, config, device, dtype):
     speeds, rates = [], []
     for step in tqdm(range(config.steps + 1), desc="training", unit="step", leave=False):
         indices = examples_of_step(step, examples, config.batch_size, 0)
-        budget = config.micro_batch_tokens or TOKENS_A_FORWARD[device.type]
+        budget = config.micro_batch_tokens or tokens_a_forward(device)
         started = time.perf_counter()
         batches = [Batch.of(examples, some, device) for some in micro_batches(indices, examples.lengths, None, budget)]
         supervised = sum(len(batch.targets) for batch in batches)
@@ -118,7 +80,8 @@ def first_word(folder, device, dtype):
 
 def measure(config):
     """All figures -> {name: number}, in SI units."""
-    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     folder = hub.find_weights(config.weights).path
     found = {"matrix product, FLOP/s": matrix_rate(device, dtype), "memory read, byte/s": memory_rate(device)}
     found["sample.py to its first word, s"] = first_word(folder, device, config.dtype)

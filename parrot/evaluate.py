@@ -28,7 +28,7 @@ from parrot.chat import text_of
 from parrot.config import EvaluateConfig, parse
 from parrot.console import UserError, printable, run_program
 from parrot.data import Batch, Examples, is_held_out, micro_batches
-from parrot.device import TOKENS_A_FORWARD, pick_device
+from parrot.device import pick_device, pick_dtype, tokens_a_forward
 from parrot.files import read_json, sha256_of, write_json
 from parrot.records import read_conversations
 from parrot.sampling import replies
@@ -137,7 +137,7 @@ def loss_table(speaker, conversations, config):
     if not kept:
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
     examples = Examples.of([parts[i] for i in kept])
-    losses, counts = losses_of(speaker, examples, TOKENS_A_FORWARD[speaker.model.device.type])
+    losses, counts = losses_of(speaker, examples, tokens_a_forward(speaker.model.device))
     categories = np.array([conversations[i].category for i in kept])
     groups = {"all": np.ones(len(kept), bool)} | {name: categories == name for name in sorted(set(categories) - {""})}
     return {name: [*mean_and_error(losses[group], counts[group]), int(group.sum())] for name, group in groups.items()}
@@ -208,7 +208,8 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return {"model": name, **read_json(path)}
-    speaker = Speaker.load(str(folder), getattr(torch, config.dtype), pick_device(config.device), format)
+    device = pick_device(config.device)
+    speaker = Speaker.load(str(folder), pick_dtype(config.dtype, device), device, format)
     speaker.name = name
     results = {"format": format, "loss": loss_table(speaker, conversations, config),
                "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}

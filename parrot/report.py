@@ -68,6 +68,7 @@ def render(about, metrics, shown, evaluation):
               'training <span class="key-one">━</span>, held-out <span class="key-two">●━</span>'),
         chart("Learning rate", [("one", points(steps, "learning_rate"))]),
         chart("Tokens a second", [("one", points(steps, "tokens_per_second"))], zero=True),
+        chart("Share of what a large matrix product reaches here", [("one", points(steps, "share_of_limit"))], zero=True),
         chart("Length of the gradient", [("one", points(steps, "grad_norm"))], zero=True)]
     body = [f"<h1>{text(about['config']['out'])}</h1><p class=soft>{text(summary)}</p>",
             '<h2>How it learned</h2><div class="grid">', *curves, "</div>",
@@ -81,7 +82,7 @@ def render(about, metrics, shown, evaluation):
 
 def points(lines, key):
     """[(step, value)] of the lines that have a finite one."""
-    return [(line["step"], line[key]) for line in lines if math.isfinite(line[key])]
+    return [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
 
 
 def ticks(low, high, count=4):

@@ -41,7 +41,8 @@ ABOUT = {"config": {"out": HOSTILE, "epochs": 2, "max_steps": None}, "steps": 40
          "device": "cpu", "processes": 1, "lengths": {"up to 64": 200, "128": 100},
          "counts": {"context_cut": 3, "reply_cut": 0, "dropped": 0, "bad": 2, "first_bad": [HOSTILE],
                     "categories": {HOSTILE: 307}}}
-STEPS = [{"step": n, "train_loss": 3 - n / 20, "learning_rate": n * 1e-5, "grad_norm": 1.0, "tokens_per_second": 100.0 + n}
+STEPS = [{"step": n, "train_loss": 3 - n / 20, "learning_rate": n * 1e-5, "grad_norm": 1.0, "tokens_per_second": 100.0 + n,
+          "share_of_limit": n / 80}
          for n in range(1, 41)]
 METRICS = [{"step": 0, "val_loss": 3.25}, *STEPS, {"step": 40, "val_loss": 2.125}]
 SHOWN = {"before": [[HOSTILE, HOSTILE, [1]], ["b?", "c", [2]]], "after": [[HOSTILE, HOSTILE, [1]], ["b?", "d", [3]]],
@@ -74,7 +75,7 @@ def test_what_it_shows_is_escaped(page):
 def test_the_curves_are_those_of_the_metrics(page):
     """Back from the pixels of the polyline to the numbers."""
     lines = [attributes["points"].split() for tag, attributes in page.tags if tag == "polyline"]
-    assert [len(line) for line in lines] == [40, 2, 40, 40, 40]
+    assert [len(line) for line in lines] == [40, 2, 40, 40, 40, 40]
     ys = [float(point.split(",")[1]) for point in lines[0]]
     low, high = 1.0, 3.25  # of both series of the first chart
     found = [low + (195 - y) / 175 * (high - low) for y in ys]

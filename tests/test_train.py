@@ -38,7 +38,7 @@ def config(tiny_folder, tmp_path, records_file):
 def metrics(folder):
     """metrics.jsonl without what time changes."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "share_of_limit")} for line in lines]
 
 
 def weights_of(folder):
