@@ -86,6 +86,8 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        # A GPU need not ask its CPU how long the longest sequence is, nor be given new shapes.
+        self.static = self.keys.device.type == "cuda"
 
     def prefill(self, lengths):
         """The ribbon of the B prompts, which writes into this cache as it attends."""
@@ -100,9 +102,9 @@ class KVCache:
 
     def step(self):
         """Where the next token of every sequence stands."""
-        step = _Step(self, self.filled)
-        self.filled = self.filled + 1
-        return step
+        positions = self.filled.clone()
+        self.filled += 1  # in place: captured.py replays it
+        return _Step(self, positions)
 
 
 class _Prefill(Ribbon):
@@ -120,7 +122,7 @@ class _Prefill(Ribbon):
 class _Step:
     def __init__(self, cache, positions):
         self.cache, self.positions = cache, positions  # positions (B,): N = B here
-        self.longest = int(positions.max()) + 1
+        self.longest = cache.keys.shape[3] if cache.static else int(positions.max()) + 1
         places = torch.arange(self.longest, device=positions.device)
         self.future = (places > positions[:, None])[:, None, None]  # (B, 1, 1, T)
         self.rows = torch.arange(len(positions), device=positions.device)

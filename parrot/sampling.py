@@ -3,6 +3,7 @@
 import torch
 
 from parrot.attention import KVCache
+from parrot.captured import CapturedStep
 from parrot.console import UserError
 
 
@@ -72,14 +73,24 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     cache.repeat(samples_each)
 
     going_on = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
+    logits, next_logits = model.logits(hidden_states), None  # (B, V)
     for written in range(room):
         if written:
-            hidden_states = model(tokens, cache.step())  # (B, C)
-        tokens = choose(model.logits(hidden_states), temperature, top_p, generator)  # (B,)
+            next_logits = next_logits or logits_of_a_step(model, cache, tokens)
+            logits = next_logits(tokens)
+        tokens = choose(logits, temperature, top_p, generator)  # (B,)
         going_on &= ~torch.isin(tokens, stop)
-        if not going_on.any():
+        shown = tokens.masked_fill(~going_on, -1).tolist()
+        if max(shown) < 0:
             return
-        yield [token if alive else None for token, alive in zip(tokens.tolist(), going_on.tolist())]
+        yield [None if token < 0 else token for token in shown]
+
+
+def logits_of_a_step(model, cache, tokens):
+    """A function: the tokens (B,) that were just chosen -> the logits (B, V) of what comes next."""
+    if cache.static:
+        return CapturedStep(model, cache, tokens)
+    return lambda tokens: model.logits(model(tokens, cache.step()))
 
 
 def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **how):

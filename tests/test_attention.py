@@ -75,3 +75,19 @@ def test_a_repeated_cache_continues_each_sample_alone():
         logits = model.logits(model(torch.tensor([8, 9, 8]), cache.step()))
     assert torch.equal(logits[0], logits[2])
     assert not torch.equal(logits[0], logits[1])
+
+
+def test_a_cache_of_fixed_shapes_gives_the_same_as_one_that_looks_at_lengths():
+    """What a GPU replays, without the replaying: all of the capacity, the unwritten rest unseen."""
+    model, tokens, lengths = tiny_model(), torch.arange(12) * 5 % 320, [3, 9]
+    caches = [KVCache(model.config, 2, 40) for _ in range(2)]
+    caches[1].static = True
+    caches[1].values += 1e3  # what lies there must not matter
+    with torch.inference_mode():
+        for cache in caches:
+            model(tokens, cache.prefill(lengths))
+        for step in range(5):
+            some = torch.tensor([step, 7 * step])
+            first, second = (model(some, cache.step()) for cache in caches)
+            assert torch.allclose(first, second, atol=1e-5)
+    assert caches[0].filled.tolist() == caches[1].filled.tolist() == [8, 14]
