@@ -8,6 +8,7 @@ import torch
 
 from parrot.console import UserError, say
 
+
 def tokens_a_forward(device):
     """The token budget of one forward: what the device's memory holds, up to where more no longer pays."""
     if device.type != "cuda":

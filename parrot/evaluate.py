@@ -204,7 +204,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
              if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
-    key = json.dumps([1, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
+    key = json.dumps([2, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return {"model": name, **read_json(path)}

@@ -20,7 +20,8 @@ class PackedLinear(nn.Module):
     def __init__(self, *linears):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        # The order that suits 16 rows was as good for them as any, and a tenth better for one row than its own.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")

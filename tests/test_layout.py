@@ -55,5 +55,7 @@ def test_the_readme_names_real_flags_and_files():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     configs = (TrainConfig, SampleConfig, EvaluateConfig, BenchmarkConfig)
     flags = {"--" + f.name.replace("_", "-") for c in configs for f in fields(c)}
+    compare = (ROOT / "tests" / "benchmarks" / "compare.py").read_text(encoding="utf-8")
+    flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', compare))
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= flags | {"--help"}
     assert all(f"{name}.py" in readme for name in MODULES)

@@ -32,7 +32,7 @@ def the_examples(data, steps):
     from parrot.data import examples_of_step, load_examples
     from parrot.tokenizer import Tokenizer
     folder = hub.find_weights("instruct-q4").path
-    examples, _, _ = load_examples(hub.find_data(data).path, Tokenizer(folder), 2048, 0.02)
+    examples, _, _ = load_examples(hub.find_data(data).path, Tokenizer(folder), 2048, 0.0)
     return [examples[i] for step in range(steps) for i in examples_of_step(step, examples, 64, 0)], folder
 
 
@@ -41,7 +41,7 @@ def train_ours(data, steps, compile):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--weights", "instruct-q4", "--data", data, "--max-steps",
-                        str(steps), "--val-fraction", "0.02", "--compile", compile, "--out", str(out)],
+                        str(steps), "--val-fraction", "0", "--compile", compile, "--out", str(out)],
                        check=True, stderr=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     tokens, seconds = 0, 0.0
@@ -224,6 +224,7 @@ def main():
         found = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
+                print(f"{what}: {side} ...", file=sys.stderr, flush=True)
                 found[side].append(measure(side, args))
         first = statistics.median(figure for figure, _ in found[sides[0]])
         print(f"\n{what:36}{'median':>9}{'lowest':>9}{'highest':>9}{'first / this':>14}{'memory, GB':>12}", flush=True)
