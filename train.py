@@ -117,13 +117,14 @@ def set_up(config):
     folder.begin(config.resume)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    max_tokens = config.micro_batch_tokens or tokens_a_forward(device)
+    config.dtype = str(dtype).removeprefix("torch.")  # what run.json tells, and what --resume must find again
 
     with processes.one_after_the_other():  # the first may have to download and to tokenise, the others find it done
         data_from, weights_from = hub.find_data(config.data), hub.find_weights(config.weights)
         model, tokenizer = weights.load(weights_from.path, torch.float32, device)
         train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
                                                    config.val_fraction, config.skip_bad_records)
+    max_tokens = config.micro_batch_tokens or tokens_a_forward(model, dtype)
     total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
     tokens = total_steps * config.batch_size * train_set.lengths.mean()

@@ -38,7 +38,7 @@ class Ribbon:
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam."""
-        if self.seams is not None and q.dtype in varlen.DTYPES:
+        if self.seams is not None and varlen.takes(q):
             return varlen.attend(q, k, v, self.seams, max(self.lengths))
         documents = zip(*(x.split(self.lengths) for x in (q, k, v)))  # each (n, heads, D)
         return torch.cat([_attend_document(*document) for document in documents])  # (N, H, D)
@@ -86,7 +86,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
-        # A GPU need not ask its CPU how long the longest sequence is, nor be given new shapes.
+        # Fixed shapes: the CPU need not wait for a GPU to tell the longest length, and captured.py can replay.
         self.static = self.keys.device.type == "cuda"
 
     def prefill(self, lengths):

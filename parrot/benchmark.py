@@ -39,7 +39,7 @@ def training(model, examples, config, device, dtype):
     speeds, rates = [], []
     for step in tqdm(range(config.steps + 1), desc="training", unit="step", leave=False):
         indices = examples_of_step(step, examples, config.batch_size, 0)
-        budget = config.micro_batch_tokens or tokens_a_forward(device)
+        budget = config.micro_batch_tokens or tokens_a_forward(model, dtype)
         started = time.perf_counter()
         batches = [Batch.of(examples, some, device) for some in micro_batches(indices, examples.lengths, None, budget)]
         supervised = sum(len(batch.targets) for batch in batches)

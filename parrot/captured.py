@@ -18,7 +18,7 @@ class CapturedStep:
             self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self._step()
         cache.filled.copy_(filled)  # nothing was written yet
 

@@ -44,7 +44,7 @@ class TrainConfig:
     micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
                                           "fit --micro-batch-tokens", at_least=1, may_change=True)
     micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 2048 on a "
-                                            "CPU, what its memory holds (at most 16384) on a GPU", at_least=1, may_change=True)
+                                            "CPU, with CUDA what its memory holds, at most 16384", at_least=1, may_change=True)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
     learning_rate: float = option(3e-4, "peak learning rate", above=0)
     min_learning_rate: float | None = option(None, "where the cosine ends; default: a tenth of "

@@ -9,13 +9,16 @@ import torch
 from parrot.console import UserError, say
 
 
-def tokens_a_forward(device):
+def tokens_a_forward(model, dtype):
     """The token budget of one forward: what the device's memory holds, up to where more no longer pays."""
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return 2048  # on a CPU, 4096 were a few percent faster but took 1 GB more
-    # An estimate, not seen on a GPU yet: 3 GB for weights, AdamW and logits, 1.2 MB for each token.
-    spare = 0.8 * torch.cuda.get_device_properties(device).total_memory - 3e9
-    return int(min(16384, max(1024, spare / 1.2e6)))
+    # An estimate, not seen on a GPU yet: weights, gradients and two moments in float32, 1 GB for logits,
+    # and for each token some 35 numbers of every layer's width.
+    fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9
+    each = 35 * model.config.num_hidden_layers * model.config.hidden_size * dtype.itemsize
+    spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed
+    return int(min(16384, max(1024, spare / each)))
 
 
 def pick_dtype(name, device):
@@ -50,7 +53,7 @@ def keep_memory():
     """Let freed memory be used again at once, where malloc is glibc's; returns how to give it back.
 
     By itself it returns large blocks to the kernel, and each new tensor then waits for its pages:
-    training on two cores takes a tenth longer. What is kept breaks into pieces with time, so call
+    our training on two cores takes a tenth longer. What is kept breaks into pieces with time, so call
     the result now and then (after each step): without, a run grew to 22 GB.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None

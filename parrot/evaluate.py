@@ -137,7 +137,7 @@ def loss_table(speaker, conversations, config):
     if not kept:
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
     examples = Examples.of([parts[i] for i in kept])
-    losses, counts = losses_of(speaker, examples, tokens_a_forward(speaker.model.device))
+    losses, counts = losses_of(speaker, examples, tokens_a_forward(speaker.model, speaker.model.dtype))
     categories = np.array([conversations[i].category for i in kept])
     groups = {"all": np.ones(len(kept), bool)} | {name: categories == name for name in sorted(set(categories) - {""})}
     return {name: [*mean_and_error(losses[group], counts[group]), int(group.sum())] for name, group in groups.items()}

@@ -12,8 +12,8 @@ def seconds(work, device, times=5):
     for _ in range(times + 1):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
 

@@ -9,13 +9,17 @@ import inspect
 
 import torch
 
-DTYPES = (torch.bfloat16, torch.float16)  # that the kernel takes
 
 
 def works_on(device):
     """Whether this device and this torch have the kernel."""
     device = torch.device(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and kernel() is not None
+
+
+def takes(q):
+    """Whether the kernel knows this type and this size of heads; the rest goes from document to document."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 @functools.cache

@@ -5,7 +5,7 @@
 
 Every measurement is a process of its own, the sides take turns, medians count. All train the
 same examples (tokens and flags from our own cache, 64 a step) from the same weights, and all
-write as many greedy tokens. Leave the machine alone meanwhile.
+write one greedy reply of as many tokens (llama.cpp by its own clock). Leave the machine alone meanwhile.
 """
 
 import argparse
