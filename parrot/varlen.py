@@ -10,7 +10,6 @@ import inspect
 import torch
 
 
-
 def works_on(device):
     """Whether this device and this torch have the kernel."""
     device = torch.device(device)
