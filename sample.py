@@ -9,14 +9,12 @@ The reply goes to stdout and nothing else does.
 
 import shutil
 import sys
-import textwrap
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from parrot.config import SampleConfig, parse
-from parrot.console import UserError, printable, run_program, say
+from parrot.console import UserError, printable, run_program, say, side_by_side
 from parrot.device import pick_device, pick_dtype
 from parrot.sampling import check_room, generate, replies
 from parrot.speaker import Speaker
@@ -63,7 +61,7 @@ def how(speaker, config):
     generator = torch.Generator(speaker.model.device)
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
     return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-            "top_p": config.top_p, "generator": generator}
+            "top_p": config.top_p, "repetition_penalty": config.repetition_penalty, "generator": generator}
 
 
 def stream(speaker, prompt, config):
@@ -123,17 +121,6 @@ def chat(speaker, config):
 def numbered(texts):
     """Give several texts numbers; leave a single one as it is."""
     return texts if len(texts) == 1 else [f"[{i}] {text}" for i, text in enumerate(texts, 1)]
-
-
-def side_by_side(columns, width):
-    """Lists of texts -> one text with a column for each list, or below each other if too narrow."""
-    each = width // len(columns) - 2
-    if each < 24:
-        return "\n\n".join("\n".join(column) for column in columns)
-    wrapped = [[line for text in column for part in text.split("\n")
-                for line in textwrap.wrap(part, each) or [""]] for column in columns]
-    rows = zip_longest(*wrapped, fillvalue="")
-    return "\n".join("  ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

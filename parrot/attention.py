@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from parrot import varlen
+from parrot.device import send
 
 # On a CPU, SDPA's backward is slow in bfloat16. Up to this length plain matrix products take
 # less time (220 tokens: 2.0 ms instead of 5.3, 440: 6.6 instead of 14; 1,800: 167 instead of
@@ -33,8 +34,8 @@ class Ribbon:
 
     def __init__(self, lengths, device="cpu"):
         self.lengths = lengths
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
-        self.seams = varlen.seams(lengths, device) if varlen.works_on(device) else None
+        self.positions = send(torch.cat([torch.arange(n) for n in lengths]), device)  # (N,)
+        self.seams = send(varlen.seams(lengths), device) if varlen.works_on(device) else None
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam."""
@@ -81,13 +82,18 @@ class KVCache:
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
         if torch.device(device).type == "cpu":
             dtype = torch.float32  # its small products are twice as fast as those of bfloat16
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity,
-                 config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
         # Fixed shapes: the CPU need not wait for a GPU to tell the longest length, and captured.py can replay.
         self.static = self.keys.device.type == "cuda"
+
+    def write(self, layer, here, k, v):
+        """Keep k and v (N, K, D) at `here`, an index of (B, K, T); returns the whole layer's (B, K, T, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[here], values[here] = k.to(keys.dtype), v.to(values.dtype)
+        return keys, values
 
     def prefill(self, lengths):
         """The ribbon of the B prompts, which writes into this cache as it attends."""
@@ -110,31 +116,32 @@ class KVCache:
 class _Prefill(Ribbon):
     def __init__(self, cache, lengths):
         super().__init__(lengths, cache.keys.device)
-        self.cache = cache
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,) whose token it is
+        self.cache, self.here = cache, (rows.to(cache.keys.device), slice(None), self.positions)
 
     def attend(self, layer, q, k, v):
-        for row, (keys, values) in enumerate(zip(k.split(self.lengths), v.split(self.lengths))):
-            self.cache.keys[layer, row, :, :len(keys)] = keys.transpose(0, 1)
-            self.cache.values[layer, row, :, :len(keys)] = values.transpose(0, 1)
+        self.cache.write(layer, self.here, k, v)
         return super().attend(layer, q, k, v)
 
 
 class _Step:
     def __init__(self, cache, positions):
         self.cache, self.positions = cache, positions  # positions (B,): N = B here
-        self.longest = cache.keys.shape[3] if cache.static else int(positions.max()) + 1
-        places = torch.arange(self.longest, device=positions.device)
-        self.future = (places > positions[:, None])[:, None, None]  # (B, 1, 1, T)
-        self.rows = torch.arange(len(positions), device=positions.device)
+        first, last = (0, cache.keys.shape[3] - 1) if cache.static else positions.aminmax()
+        self.longest = int(last) + 1
+        if first == last:  # replies to one prompt: all stand at one place, and nothing lies beyond it
+            self.here, self.future = (slice(None), slice(None), int(last)), None
+        else:
+            rows, places = (torch.arange(n, device=positions.device) for n in (len(positions), self.longest))
+            self.here = (rows, slice(None), positions)
+            self.future = (places > positions[:, None])[:, None, None]  # (B, 1, 1, T)
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
-        keys[self.rows, :, self.positions] = k.to(keys.dtype)
-        values[self.rows, :, self.positions] = v.to(values.dtype)
-        keys, values = keys[:, :, :self.longest], values[:, :, :self.longest]
+        keys, values = (x[:, :, :self.longest] for x in self.cache.write(layer, self.here, k, v))  # (B, K, T, D)
         (B, H, D), K = q.shape, k.shape[1]
         # By the formula: with 16 sequences of 300 tokens SDPA takes 2.6 ms on a CPU, this 0.35.
         scores = (q.to(keys.dtype) * D ** -0.5).view(B, K, H // K, D) @ keys.transpose(2, 3)  # (B, K, H / K, T)
-        weights = scores.masked_fill(self.future, float("-inf")).softmax(-1)
-        return (weights @ values).view(B, H, D).to(q.dtype)
+        if self.future is not None:
+            scores = scores.masked_fill(self.future, float("-inf"))
+        return (scores.softmax(-1) @ values).view(B, H, D).to(q.dtype)

@@ -10,22 +10,26 @@ import torch
 class CapturedStep:
     """tokens (B,) -> logits (B, V), and `cache` one token longer; always in the same memory."""
 
-    def __init__(self, model, cache, tokens):
-        self.model, self.cache, self.tokens = model, cache, tokens.clone()
-        filled, side = cache.filled.clone(), torch.cuda.Stream()
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graph = model, cache, None
+
+    def __call__(self, tokens):
+        if self.graph is None:
+            self._capture(tokens)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+    def _capture(self, tokens):
+        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+        filled, side = self.cache.filled.clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a first run sets up what may not be recorded
             self._step()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self._step()
-        cache.filled.copy_(filled)  # nothing was written yet
+        self.cache.filled.copy_(filled)  # nothing was written yet
 
     def _step(self):
         return self.model.logits(self.model(self.tokens, self.cache.step()))
-
-    def __call__(self, tokens):
-        self.tokens.copy_(tokens)
-        self.graph.replay()
-        return self.logits

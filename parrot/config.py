@@ -25,6 +25,7 @@ def option(default, help, *, above=None, at_least=None, at_most=None, choices=No
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("bfloat16", "float32")
+REPETITION_PENALTY = 1.2  # the likeliest token of a small model leads into loops (see sampling.penalize)
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
 
 
@@ -100,6 +101,7 @@ class SampleConfig:
                                 "likeliest token (greedy)", at_least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens that hold this much of the "
                           "probability", above=0, at_most=1)
+    repetition_penalty: float = option(REPETITION_PENALTY, "above 1: what the reply has said becomes less likely", at_least=1)
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
     num_samples: int = option(1, "replies to the prompt", at_least=1)
     seed: int | None = option(None, "the same seed gives the same reply", at_least=0, at_most=2**63 - 1)
@@ -127,6 +129,7 @@ class EvaluateConfig:
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
     temperature: float = option(0.7, "of the sampled replies", above=0)
     top_p: float = option(0.9, "of the sampled replies", above=0, at_most=1)
+    repetition_penalty: float = option(REPETITION_PENALTY, "of all replies; 1: none", at_least=1)
     batch_size: int = option(32, "replies written at once", at_least=1)
     seed: int = option(0, "of the sampled replies", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "where to compute", choices=DEVICES)

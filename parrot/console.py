@@ -7,6 +7,8 @@ Anything else that goes wrong is our own fault and keeps its traceback.
 import os
 import signal
 import sys
+import textwrap
+from itertools import zip_longest
 
 
 class UserError(Exception):
@@ -37,8 +39,7 @@ def run_program(main):
         print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:  # torch's own errors have no class of their own on a CPU
-        if not isinstance(error, MemoryError) and not any(
-                words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         print("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
               "--max-new-tokens in sampling", file=sys.stderr)
@@ -88,3 +89,14 @@ def printable(text):
     def is_shown(char):
         return char.isprintable() or char in "\n\t " or ord(char) > 0x9f
     return "".join(c if is_shown(c) else f"\\x{ord(c):02x}" for c in text)
+
+
+def side_by_side(columns, width):
+    """Lists of texts -> one text with a column for each list, or below each other if too narrow."""
+    each = width // len(columns) - 2
+    if each < 24:
+        return "\n\n".join("\n".join(column) for column in columns)
+    wrapped = [[line for text in column for part in text.split("\n")
+                for line in textwrap.wrap(part, each) or [""]] for column in columns]
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join("  ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)

@@ -20,6 +20,7 @@ from parrot import hub, store
 from parrot.attention import Ribbon
 from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.console import UserError
+from parrot.device import send
 from parrot.files import read_json, sha256_of, write_json
 from parrot.records import read_conversations, source_of
 from parrot.shorten import fit
@@ -159,12 +160,13 @@ class Batch:
     def of(cls, examples, indices, device="cpu"):
         """The ribbon of some examples."""
         parts = [examples[index] for index in indices]
-        tokens = torch.from_numpy(np.concatenate([t for t, _ in parts]).astype(np.int64)).to(device)
-        supervised = np.concatenate([s for _, s in parts])
+        tokens = np.concatenate([t for t, _ in parts]).astype(np.int64)
         # The first token of a document is a control token and never supervised, so row r and
         # its target r + 1 always lie in the same document.
-        rows = torch.from_numpy(np.flatnonzero(supervised) - 1).to(device)
-        return cls(tokens, Ribbon([len(t) for t, _ in parts], device), rows, tokens[rows + 1])
+        rows = np.flatnonzero(np.concatenate([s for _, s in parts])) - 1
+        ribbon = Ribbon([len(t) for t, _ in parts], device)
+        tokens, rows, targets = (send(torch.from_numpy(x), device) for x in (tokens, rows, tokens[rows + 1]))
+        return cls(tokens, ribbon, rows, targets)
 
 
 def steps_an_epoch(examples, batch_size):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 
 import torch
 
@@ -42,6 +43,11 @@ def pick_device(name):
     return torch.device(name, index) if name == "cuda" else torch.device(name)
 
 
+def send(tensor, device):
+    """A tensor to its device; to a GPU from pinned memory, so that the CPU need not wait for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 def autocast(device, dtype):
     """Matrix products in `dtype`, everything else, the weights first, in float32."""
     if dtype == torch.float32:
@@ -63,3 +69,14 @@ def keep_memory():
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return lambda: libc.malloc_trim(0)
+
+
+def peak_memory(device):
+    """Bytes that this process held at most: of the GPU's memory, else of the machine's; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

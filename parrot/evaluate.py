@@ -149,6 +149,7 @@ def write_all(speaker, prompts, config, what, **how):
     """Replies to many prompts, in batches of prompts of similar length: [(tokens, ended)]."""
     written = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    how["repetition_penalty"] = config.repetition_penalty
     with tqdm(total=len(prompts), desc=f"{speaker.name}: {what}", leave=False) as bar:
         for start in range(0, len(order), config.batch_size):
             some = order[start:start + config.batch_size]

@@ -4,6 +4,7 @@ import torch
 
 from parrot.attention import Ribbon
 from parrot.chat import pieces_of_view, text_of
+from parrot.config import REPETITION_PENALTY
 from parrot.sampling import nucleus, replies
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",  # asked before and after
@@ -15,7 +16,7 @@ def ask(speaker, conversations=()):
     """QUESTIONS, then held-out conversations -> [[asked, reply, ids of the reply]], greedily."""
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS] + list(conversations)
     written = replies(speaker.model, [speaker.prompt(messages) for messages in asked], speaker.stop,
-                      max_new_tokens=48, temperature=0, top_p=1)
+                      max_new_tokens=48, temperature=0, top_p=1, repetition_penalty=REPETITION_PENALTY)
     return [["\n\n".join(map(text_of, messages)), speaker.tokenizer.decode(tokens).strip() + ("" if ended else " …"), tokens]
             for messages, (tokens, ended) in zip(asked, written)]
 

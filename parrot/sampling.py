@@ -1,4 +1,6 @@
-"""From logits to words: temperature, top-p, and the loop that writes token after token."""
+"""From logits to words: repetition penalty, temperature, top-p, and the loop that writes token after token."""
+
+import functools
 
 import torch
 
@@ -43,6 +45,19 @@ def likeliest(probabilities, mass):
     return probabilities.sort(dim=-1, descending=True, stable=True)
 
 
+def penalize(logits, written, penalty):
+    """logits (B, V), ids that the reply has already (B, t) -> logits (B, V), theirs lowered (arXiv:1909.05858).
+
+    What was said twice seems to the model the likeliest to follow, so greedy replies end in loops. Divided
+    (below zero: multiplied) by a penalty above 1, it has to be that much better than the rest.
+
+    >>> penalize(torch.tensor([[4.0, -1.0, 3.0]]), torch.tensor([[0, 1, 0]]), 2.0)
+    tensor([[ 2., -2.,  3.]])
+    """
+    said = logits.gather(-1, written)
+    return logits.scatter(-1, written, torch.where(said > 0, said / penalty, said * penalty))
+
+
 def choose(logits, temperature, top_p, generator=None):
     """logits (B, V) -> the next token of every sequence (B,). Temperature 0: the likeliest."""
     if temperature < 1e-6:  # would divide by nothing
@@ -53,10 +68,11 @@ def choose(logits, temperature, top_p, generator=None):
 
 @torch.inference_mode()
 def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, generator=None,
-             samples_each=1):
+             repetition_penalty=1.0, samples_each=1):
     """Write replies to several prompts at once, a token each at a time.
 
-    prompts: lists of ids; stop: the ids that end a reply.
+    prompts: lists of ids; stop: the ids that end a reply. repetition_penalty looks at the reply
+    alone: an answer may quote the question.
     Yields, step by step, a list with one id for each reply, None for those that have ended
     (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or at
     the end of the model's context.
@@ -74,24 +90,27 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     cache.repeat(samples_each)
 
     going_on = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
-    logits, next_logits = model.logits(hidden_states), None  # (B, V)
-    for written in range(room):
-        if written:
-            next_logits = next_logits or logits_of_a_step(model, cache, tokens)
-            logits = next_logits(tokens)
-        tokens = choose(logits, temperature, top_p, generator)  # (B,)
+    next_logits = CapturedStep(model, cache) if cache.static else functools.partial(logits_after, model, cache)
+    logits = model.logits(hidden_states)  # (B, V)
+    written = torch.empty(len(logits), room, dtype=torch.long, device=device)
+    for count in range(room):
+        if repetition_penalty != 1:
+            logits = penalize(logits, written[:, :count], repetition_penalty)
+        written[:, count] = tokens = choose(logits, temperature, top_p, generator)  # (B,)
         going_on &= ~torch.isin(tokens, stop)
         shown = tokens.masked_fill(~going_on, -1).tolist()
         if max(shown) < 0:
             return
         yield [None if token < 0 else token for token in shown]
+        if count < room - 1:
+            logits = next_logits(tokens)
 
 
-def logits_of_a_step(model, cache, tokens):
-    """A function: the tokens (B,) that were just chosen -> the logits (B, V) of what comes next."""
-    if cache.static:
-        return CapturedStep(model, cache, tokens)
-    return lambda tokens: model.logits(model(tokens, cache.step()))
+def logits_after(model, cache, tokens):
+    """The tokens (B,) that were just written -> logits (B, V) of what comes next."""
+    # One row: torch's own product reads bfloat16 at 29 GB/s, that of oneDNN (mkldnn) at 10.
+    with torch.backends.mkldnn.flags(enabled=len(tokens) > 1, allow_tf32=None):
+        return model.logits(model(tokens, cache.step()))
 
 
 def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **how):

@@ -25,8 +25,7 @@ class Speaker:
         """A name that --model takes -> Speaker. format: chat, plain, or auto: as the folder is."""
         folder = hub.find_weights(name).path
         model, tokenizer = weights.load(folder, dtype, device)
-        if packed.pays(device, dtype):
-            packed.pack(model)
+        packed.pack(model)
         return cls.of(name, folder, model, tokenizer, format)
 
     @classmethod

@@ -1,5 +1,7 @@
 """The CUDA graph of a step, where there is a GPU."""
 
+import functools
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -16,6 +18,5 @@ def test_the_same_replies_as_step_by_step(monkeypatch):
     def replies():
         return list(sampling.generate(model, prompts, set(), max_new_tokens=30, temperature=0, top_p=1))
     replayed = replies()
-    monkeypatch.setattr(sampling, "logits_of_a_step", lambda model, cache, tokens:
-                        lambda tokens: model.logits(model(tokens, cache.step())))
+    monkeypatch.setattr(sampling, "CapturedStep", lambda *parts: functools.partial(sampling.logits_after, *parts))
     assert replies() == replayed

@@ -11,6 +11,7 @@ from conftest import tiny_model
 import sample
 from parrot import sampling, speaker, weights
 from parrot.chat import encode_prompt
+from parrot.config import REPETITION_PENALTY
 from parrot.console import run_program
 
 
@@ -36,7 +37,8 @@ def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
     status, out, err = ask("--model", tiny_folder, "--prompt", "Hi", "--temperature", 0, "--dtype", "float32", *SHORT)
     model, tokenizer = weights.load(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
-    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1)
+    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
+                            repetition_penalty=REPETITION_PENALTY)
     assert status == 0 and out == sample.printable(tokenizer.decode([token for token, in steps])) + "\n"
     assert "cut at --max-new-tokens 12" in err
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from parrot.console import UserError
 from parrot import sampling
-from parrot.sampling import choose, generate
+from parrot.sampling import choose, generate, penalize
 
 
 def nucleus(logits, temperature, top_p):
@@ -88,6 +88,13 @@ def test_samples_follow_the_distribution():
     assert torch.allclose(drawn, torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.1, 3.0])
+def test_the_penalty_is_that_of_transformers(penalty):
+    from transformers import RepetitionPenaltyLogitsProcessor
+    logits, written = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 7, 1], [0, 0, 0], [49, 2, 3]])
+    assert torch.equal(penalize(logits, written, penalty), RepetitionPenaltyLogitsProcessor(penalty)(written, logits.clone()))
+
+
 PROMPT = [5, 6, 7, 8]
 
 
@@ -112,9 +119,32 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
     assert run(temperature=0) == [tokens[4:]]
 
 
+def test_a_penalty_looks_at_the_reply_and_not_at_the_prompt():
+    from parrot.attention import Ribbon
+    model, tokens = tiny_model(), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model.logits(model(torch.tensor(tokens), Ribbon([len(tokens)])))[-1]
+            for token in set(tokens[len(PROMPT):]):
+                logits[token] *= 1 / 1.5 if logits[token] > 0 else 1.5
+            tokens.append(logits.argmax().item())
+    assert run(temperature=0, repetition_penalty=1.5) == [tokens[4:]] != run(temperature=0)
+
+
+def test_a_penalty_that_is_high_ends_every_loop():
+    assert len(set(run(temperature=0, max_new_tokens=100)[0])) < 100  # this model loops
+    assert len(set(run(temperature=0, max_new_tokens=100, repetition_penalty=1e6)[0])) == 100
+
+
 def test_several_prompts_at_once_get_the_replies_they_get_alone():
     prompts = [PROMPT, [9, 10], [11] * 20]
     assert run(prompts, temperature=0) == [run([p], temperature=0)[0] for p in prompts]
+
+
+def test_one_row_by_another_product_leaves_the_setting_as_it_was():
+    before = torch.backends.mkldnn.enabled
+    generator = generate(tiny_model(), [PROMPT], set(), max_new_tokens=3, temperature=0, top_p=1)
+    assert [torch.backends.mkldnn.enabled for _ in generator] == [before] * 3
 
 
 def test_several_samples_differ_and_are_as_many_as_asked():

@@ -8,6 +8,7 @@ checks and a short run show that the script itself works.
 
 import argparse
 import importlib.util
+import functools
 import json
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def check_replay(model):
     """Greedy replies with the captured graph beside those without; whether they are the same."""
     def replies():
         return list(sampling.generate(model, [[5, 6, 7], [8, 9, 10, 11]], set(), max_new_tokens=30, temperature=0, top_p=1))
-    replayed, usual = replies(), sampling.logits_of_a_step
-    sampling.logits_of_a_step = lambda model, cache, _: lambda tokens: model.logits(model(tokens, cache.step()))
-    same, sampling.logits_of_a_step = replayed == replies(), usual
+    replayed, usual = replies(), sampling.CapturedStep
+    sampling.CapturedStep = lambda *parts: functools.partial(sampling.logits_after, *parts)
+    same, sampling.CapturedStep = replayed == replies(), usual
     print(f"replayed replies are the same: {same}", flush=True)
     return same
 
