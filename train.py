@@ -22,7 +22,7 @@ from parrot.compiling import compile_blocks
 from parrot.config import QUICKSTART, TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import keep_memory, pick_device, pick_dtype, tokens_a_forward
+from parrot.device import keep_memory, peak_memory, pick_device, pick_dtype, tokens_a_forward
 from parrot.distributed import Processes
 from parrot.limits import flop_of, matrix_rate
 from parrot.model import Llama
@@ -63,6 +63,7 @@ def train(config):
         run.folder.show(before=before, example=portrait.example(run.train_set, run.tokenizer))
 
     bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
+    upcoming = None
     with StopSignal() as stop, bar:
         while True:
             # Now and then, and at the end: how well does it do on what it has not seen?
@@ -77,11 +78,11 @@ def train(config):
 
             # One step: some examples, as ribbons; their gradient; one move of the weights.
             started = time.perf_counter()
-            indices = examples_of_step(progress.step, run.train_set, config.batch_size, config.seed)
-            batches = [Batch.of(run.train_set, some, model.device) for some in split(run, indices)]
+            indices, batches = upcoming or ribbons(run, progress.step)
             supervised = sum(len(batch.targets) for batch in batches)  # of the whole step
             loss = accumulate_gradients(model, processes.share(batches), supervised, run.dtype)
-            loss, = processes.sum(loss)
+            upcoming = ribbons(run, progress.step + 1)  # while a GPU is still at this step's
+            loss, = processes.sum(float(loss))
             processes.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             if not math.isfinite(loss + grad_norm):
@@ -144,10 +145,12 @@ def set_up(config):
                progress, counts.shown, total_steps, dtype, max_tokens, matrix_rate(device, dtype) * processes.size)
 
 
-def split(run, indices):
-    """The examples of a step -> those of each forward; several processes get one each at least."""
+def ribbons(run, step):
+    """The indices of a step's examples, and the ribbons of its forwards; of several processes each gets one at least."""
+    indices = examples_of_step(step, run.train_set, run.config.batch_size, run.config.seed)
     most = min(run.config.micro_batch_size or len(indices), -(-len(indices) // run.processes.size))
-    return micro_batches(indices, run.train_set.lengths, most, run.max_tokens)
+    return indices, [Batch.of(run.train_set, some, run.model.device)
+                     for some in micro_batches(indices, run.train_set.lengths, most, run.max_tokens)]
 
 
 def evaluate(run, stop, bar):
@@ -183,8 +186,10 @@ def finish(run):
         question, _, tokens = after[0]
         folder.show(after=after, answer=portrait.certainty(best, question, tokens))
         say("after training:", *portrait.lines(after))
-    folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds)
-    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s. The model is in {folder.path}"
+    peak = peak_memory(run.model.device)
+    folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds, peak_memory=peak)
+    told = (f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, {(peak or 0) / 1e9:.1f} GB at most. "
+            f"The model is in {folder.path}")
     if progress.best_loss is not None:
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         if progress.best_loss >= progress.first_loss:

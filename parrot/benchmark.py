@@ -7,10 +7,10 @@ the same run: the rate of one large matrix product, and that of reading memory. 
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,43 +18,31 @@ import torch
 from tqdm import tqdm
 
 from parrot import hub, packed, weights
-from parrot.compiling import compile_blocks
-from parrot.config import BenchmarkConfig, TrainConfig, parse
+from parrot.config import BenchmarkConfig, parse
 from parrot.console import UserError, run_program
-from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.device import keep_memory, pick_device, pick_dtype, tokens_a_forward
-from parrot.limits import flop_of, matrix_rate, memory_rate, seconds
-from parrot.optim import make_optimizer
+from parrot.device import pick_device, pick_dtype
+from parrot.files import read_json
+from parrot.limits import matrix_rate, memory_rate, seconds
 from parrot.sampling import generate
-from parrot.training import accumulate_gradients
 
-SAMPLE = Path(__file__).parent.parent / "sample.py"
+ROOT = Path(__file__).parent.parent
 
 
-def training(model, examples, config, device, dtype):
-    """Whole optimizer steps -> {tokens a second, FLOP a second, peak memory in bytes}."""
-    give_memory_back = keep_memory()
-    compile_blocks(model, config.compile, 0, dtype)
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-6))
-    speeds, rates = [], []
-    for step in tqdm(range(config.steps + 1), desc="training", unit="step", leave=False):
-        indices = examples_of_step(step, examples, config.batch_size, 0)
-        budget = config.micro_batch_tokens or tokens_a_forward(model, dtype)
-        started = time.perf_counter()
-        batches = [Batch.of(examples, some, device) for some in micro_batches(indices, examples.lengths, None, budget)]
-        supervised = sum(len(batch.targets) for batch in batches)
-        accumulate_gradients(model, batches, supervised, dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-        give_memory_back()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken, lengths = time.perf_counter() - started, examples.lengths[indices].tolist()
-        speeds.append(sum(lengths) / taken)
-        rates.append(flop_of(model, lengths, supervised) / taken)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    return {"tokens": statistics.median(speeds[1:]), "flop": statistics.median(rates[1:]), "memory": peak}
+def training(folder, config):
+    """train.py for a few steps -> its medians of tokens a second and of its share of the limit, and its peak memory in bytes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "run"
+        command = [sys.executable, str(ROOT / "train.py"), "--weights", str(folder), "--out", str(out), "--val-fraction", "0",
+                   "--epochs", str(config.steps + 1), "--max-steps", str(config.steps + 1)]
+        for name in ("data", "batch_size", "micro_batch_tokens", "max_length", "compile", "device", "dtype"):
+            if (value := getattr(config, name)) is not None:
+                command += ["--" + name.replace("_", "-"), str(value)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError("train.py says: " + done.stderr.strip().splitlines()[-1])
+        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        tokens, share = (statistics.median(step[key] for step in steps[1:]) for key in ("tokens_per_second", "share_of_limit"))
+        return tokens, share, read_json(out / "run.json")["peak_memory"]
 
 
 def writing(model, samples, tokens=64):
@@ -68,7 +56,7 @@ def writing(model, samples, tokens=64):
 
 def first_word(folder, device, dtype):
     """Seconds from starting sample.py to the first piece of its reply."""
-    command = [sys.executable, str(SAMPLE), "--model", str(folder), "--prompt", "Tell me a story.", "--max-new-tokens", "8",
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder), "--prompt", "Tell me a story.", "--max-new-tokens", "8",
                "--device", device.type, "--dtype", dtype]
 
     def work():
@@ -79,28 +67,26 @@ def first_word(folder, device, dtype):
 
 
 def measure(config):
-    """All figures -> {name: number}, in SI units."""
+    """Yield (name, figure in SI units) of all figures."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     folder = hub.find_weights(config.weights).path
-    found = {"matrix product, FLOP/s": matrix_rate(device, dtype), "memory read, byte/s": memory_rate(device)}
-    found["sample.py to its first word, s"] = first_word(folder, device, config.dtype)
-
+    yield "matrix product, FLOP/s", matrix_rate(device, dtype)
+    memory = memory_rate(device)
+    yield "memory read, byte/s", memory
+    yield "sample.py to its first word, s", first_word(folder, device, config.dtype)
     model = weights.load_model(folder, dtype, device)
     size = sum(p.nbytes for p in model.parameters())
-    if packed.pays(device, dtype):
-        packed.pack(model)
-    found["one reply, tokens/s"] = writing(model, 1)
-    found["one reply, share of the memory's rate"] = found["one reply, tokens/s"] * size / found["memory read, byte/s"]
-    found["16 replies, tokens/s together"] = writing(model, 16)
-
-    model, tokenizer = weights.load(folder, torch.float32, device)
-    examples, _, _ = load_examples(hub.find_data(config.data).path, tokenizer, config.max_length, 0.0)
-    trained = training(model, examples, config, device, dtype)
-    found["training, tokens/s"] = trained["tokens"]
-    found["training, share of the matrix product's rate"] = trained["flop"] / found["matrix product, FLOP/s"]
-    found["training, peak memory, byte"] = trained["memory"]
-    return found
+    packed.pack(model)
+    one = writing(model, 1)
+    yield "one reply, tokens/s", one
+    yield "one reply, share of the memory's rate", one * size / memory
+    yield "16 replies, tokens/s together", writing(model, 16)
+    tokens, share, peak = training(folder, config)
+    yield "training, tokens/s", tokens
+    yield "training, share of the matrix product's rate", share
+    if peak:
+        yield "training, peak memory, byte", peak
 
 
 def in_words(name, value):
@@ -120,7 +106,7 @@ def in_words(name, value):
 def main():
     """Read the command line, measure, print a table."""
     config = parse(BenchmarkConfig, sys.argv[1:], __doc__.splitlines()[0])
-    found = measure(config)
+    found = dict(tqdm(measure(config), total=9, desc="measuring", leave=False))
     device = pick_device(config.device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(json.dumps(found, indent=2) if config.json else "\n".join(

@@ -128,7 +128,7 @@ def _from_hub(repo, kind, choose):
         why = f"the Hub answered with status {status}.{hint} {INSTEAD}"
     except Exception as error:  # no network, no such host, a proxy, HF_HUB_OFFLINE ...
         offline = isinstance(error, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({_first_line(error)})"
+        reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({(str(error) or type(error).__name__).splitlines()[0]})"
         try:  # half a model is not in the cache; of a dataset, one whole file is enough
             needed = MODEL_FILES if kind == "model" else ()
             folder = Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(needed), local_files_only=True))
@@ -138,10 +138,6 @@ def _from_hub(repo, kind, choose):
             say(f"{reason}; using the copy of {repo} in its cache")
             return folder
     raise UserError(f"wanted the {kind} {repo}: {why}")
-
-
-def _first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _within(seconds, function):
@@ -201,8 +197,7 @@ def kept(name, make, at_most=None):
             for old in sorted(made_at, key=made_at.get)[:-at_most]:
                 shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write the cache {folder}: {error.strerror or error} "
-                        "(XDG_CACHE_HOME moves it)") from None
+        raise UserError(f"cannot write the cache {folder}: {error.strerror or error} (XDG_CACHE_HOME moves it)") from None
     return folder
 
 

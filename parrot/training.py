@@ -1,7 +1,6 @@
 """What is minimised, and what is watched: the loss on the tokens that the model should say."""
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from parrot.data import Batch, micro_batches
@@ -26,7 +25,7 @@ def token_losses(model, rows, targets, dtype):
     for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE)):
         with autocast(model.device, dtype):
             logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
-        yield F.cross_entropy(logits.float(), some_targets, reduction="none")
+        yield cross_entropy(logits, some_targets, 1.0)[0]
 
 
 def cross_entropy(logits, targets, scale):
@@ -50,25 +49,29 @@ def cross_entropy(logits, targets, scale):
 
 
 def accumulate_gradients(model, batches, supervised, dtype):
-    """Add to every .grad these ribbons' part of a step's mean loss; returns that part.
+    """Add to every .grad these ribbons' part of a step's mean loss; returns that part, not waiting for a GPU.
 
     supervised: the supervised tokens of the whole step, on all ribbons, counted before the
     first backward. So however the step is split, the parts add up to the same gradient.
     """
+    embedding, head = model.model.embed_tokens, model.lm_head  # one matrix, where they are tied
+    for parameter in (embedding.weight, head.weight):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    embedding.sparse = model.device.type == "cpu"  # add to the rows that were read, not zeros to all others
     loss = 0.0
     for batch in batches:
         rows = supervised_rows(model, batch, dtype)  # (S, C)
-        # Logits are by far the largest tensors. So each piece is taken back to the rows at
-        # once and forgotten; the collected gradient then goes on through the network.
-        leaf = rows.detach().requires_grad_()
-        for some_rows, some_targets in zip(leaf.split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE)):
-            with autocast(model.device, dtype):
-                logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
-            losses, gradient = cross_entropy(logits.detach(), some_targets, 1 / supervised)
-            logits.backward(gradient)
+        # Logits are by far the largest tensors. So this last matrix goes forward and back by hand, a
+        # piece at a time that is then forgotten; the gradient goes on from the rows through the network.
+        weight, parts = head.weight.detach().to(dtype), []  # (V, C)
+        for some_rows, some_targets in zip(rows.detach().to(dtype).split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE)):
+            losses, gradient = cross_entropy(some_rows @ weight.T, some_targets, 1 / supervised)  # (S,), (S, V)
+            head.weight.grad += gradient.T @ some_rows  # (V, C)
+            parts.append(gradient @ weight)  # (S, C)
             loss = loss + losses.sum() / supervised
-        rows.backward(leaf.grad)
-    return float(loss)  # once, so that a GPU need not wait for its CPU in between
+        rows.backward(torch.cat(parts).to(rows.dtype))
+    return loss
 
 
 @torch.no_grad()

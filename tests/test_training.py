@@ -20,7 +20,7 @@ from parrot.training import accumulate_gradients, cross_entropy, held_out_loss
 
 def accumulate(model, batches, dtype=torch.float32):
     """The gradient of a whole step in one process."""
-    return accumulate_gradients(model, batches, sum(len(batch.targets) for batch in batches), dtype)
+    return float(accumulate_gradients(model, batches, sum(len(batch.targets) for batch in batches), dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
