@@ -100,11 +100,9 @@ class KVCache:
         self.filled = torch.tensor(lengths, device=self.keys.device)
         return _Prefill(self, lengths)
 
-    def repeat(self, times):
-        """Let every sequence stand `times` times, for several samples of one prompt."""
-        self.keys = self.keys.repeat_interleave(times, dim=1)
-        self.values = self.values.repeat_interleave(times, dim=1)
-        self.filled = self.filled.repeat_interleave(times)
+    def select(self, rows):
+        """Keep these sequences (B', indices) in this order: some of them, or one several times."""
+        self.keys, self.values, self.filled = self.keys[:, rows], self.values[:, rows], self.filled[rows]
 
     def step(self):
         """Where the next token of every sequence stands."""

@@ -71,11 +71,10 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
              repetition_penalty=1.0, samples_each=1):
     """Write replies to several prompts at once, a token each at a time.
 
-    prompts: lists of ids; stop: the ids that end a reply. repetition_penalty looks at the reply
-    alone: an answer may quote the question.
-    Yields, step by step, a list with one id for each reply, None for those that have ended
-    (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or at
-    the end of the model's context.
+    prompts: lists of ids; stop: the ids that end a reply. repetition_penalty looks at the reply alone: an
+    answer may quote the question. Yields, step by step, a list with one id for each reply, None for those
+    that have ended (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or
+    at the end of the model's context.
     """
     device = model.device
     lengths = [len(prompt) for prompt in prompts]
@@ -86,13 +85,12 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
     hidden_states = model(tokens, cache.prefill(lengths))  # (N, C)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    hidden_states = hidden_states[last].repeat_interleave(samples_each, dim=0)  # (B, C)
-    cache.repeat(samples_each)
-
-    going_on = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
+    each = torch.arange(len(prompts), device=device).repeat_interleave(samples_each)  # (B,) whose reply it is
+    cache.select(each)
     next_logits = CapturedStep(model, cache) if cache.static else functools.partial(logits_after, model, cache)
-    logits = model.logits(hidden_states)  # (B, V)
-    written = torch.empty(len(logits), room, dtype=torch.long, device=device)
+    logits = model.logits(hidden_states[last][each])  # (B, V)
+    written = torch.empty(len(each), room, dtype=torch.long, device=device)
+    going_on, places = torch.ones_like(each, dtype=torch.bool), list(range(len(each)))
     for count in range(room):
         if repetition_penalty != 1:
             logits = penalize(logits, written[:, :count], repetition_penalty)
@@ -101,7 +99,13 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
         shown = tokens.masked_fill(~going_on, -1).tolist()
         if max(shown) < 0:
             return
-        yield [None if token < 0 else token for token in shown]
+        reply = dict(zip(places, shown))
+        yield [None if reply.get(place, -1) < 0 else reply[place] for place in range(len(each))]
+        if not cache.static and shown.count(-1) * 2 >= len(shown):  # half have ended: go on without them
+            rows = going_on.nonzero()[:, 0]
+            cache.select(rows)
+            tokens, written, going_on = tokens[rows], written[rows], going_on[rows]
+            places = [places[row] for row in rows.tolist()]
         if count < room - 1:
             logits = next_logits(tokens)
 

@@ -81,8 +81,7 @@ def _tensor_files(folder):
     if not index.is_file():
         return [folder / "model.safetensors"]
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n
-                                              for n in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise UserError(f"{index}: weight_map does not map tensors to files of this folder")
     return [folder / name for name in sorted(set(names.values()))]
 
@@ -91,8 +90,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
     """A model folder -> (Llama, Tokenizer), checked to fit each other."""
     tokenizer, model = Tokenizer(folder), load_model(folder, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's "
-                        f"embedding {model.config.vocab_size}")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.config.vocab_size}")
     return model, tokenizer
 
 
@@ -142,8 +140,7 @@ def _check_shape(path, name, shape, expected, config):
     if name not in expected:
         raise UserError(f"{path}: tensor {name} has no place in this architecture")
     if list(shape) != list(expected[name].shape):
-        raise UserError(f"{path}: tensor {name} is {list(shape)}, config.json makes it "
-                        f"{list(expected[name].shape)}")
+        raise UserError(f"{path}: tensor {name} is {list(shape)}, config.json makes it {list(expected[name].shape)}")
 
 
 def save_model(folder, model, tokenizer, dtype):
@@ -170,10 +167,8 @@ def save_model(folder, model, tokenizer, dtype):
         "model_max_length": model.config.max_position_embeddings, "chat_template": CHAT_TEMPLATE})
     replace_file(folder / "tokenizer.json",
                  lambda temporary: shutil.copyfile(tokenizer.folder / "tokenizer.json", temporary))
-    tensors = {name: parameter.detach().to("cpu", dtype)
-               for name, parameter in model.named_parameters()}
-    replace_file(folder / "model.safetensors",
-                 lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    tensors = {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+    replace_file(folder / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def stop_tokens(folder, tokenizer):

@@ -66,15 +66,19 @@ def test_positions_restart_at_each_seam():
     assert Ribbon([1, 3, 2]).positions.tolist() == [0, 0, 1, 2, 0, 1]
 
 
-def test_a_repeated_cache_continues_each_sample_alone():
+def test_sequences_may_be_repeated_and_left_out():
     model = tiny_model()
     with torch.no_grad():
         cache = KVCache(model.config, 1, 10)
         model(torch.tensor([5, 6, 7]), cache.prefill([3]))
-        cache.repeat(3)
+        cache.select(torch.tensor([0, 0, 0]))
         logits = model.logits(model(torch.tensor([8, 9, 8]), cache.step()))
-    assert torch.equal(logits[0], logits[2])
-    assert not torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
+        assert not torch.equal(logits[0], logits[1])
+        cache.select(torch.tensor([1]))
+        rest = model.logits(model(torch.tensor([5]), cache.step()))
+        expected = model.logits(model(torch.tensor([5, 6, 7, 9, 5]), Ribbon([5])))[-1:]
+    assert torch.allclose(rest, expected, atol=1e-5)
 
 
 def test_a_cache_of_fixed_shapes_gives_the_same_as_one_that_looks_at_lengths():

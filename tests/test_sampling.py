@@ -165,6 +165,15 @@ def test_one_reply_may_end_before_another():
     assert run(prompts, temperature=0, stop={stop}) == [whole[0][:whole[0].index(stop)], whole[1]]
 
 
+def test_those_that_go_on_when_others_have_ended_get_the_replies_they_get_alone():
+    prompts = [[n, n + 1, n + 2][:1 + n % 3] for n in range(10, 45, 5)]
+    whole = run(prompts, temperature=0, max_new_tokens=40)
+    stop = {whole[i][4 * i] for i in range(6)}
+    expected = [reply[:next((i for i, token in enumerate(reply) if token in stop), None)] for reply in whole]
+    assert len({len(reply) for reply in expected}) > 3
+    assert run(prompts, temperature=0, max_new_tokens=40, stop=stop) == expected
+
+
 def test_the_end_of_the_context_ends_the_reply():
     assert len(run([[5] * 505], max_new_tokens=100)[0]) == 512 - 505
     with pytest.raises(UserError, match="prompt has 512 tokens; the model's context holds 512"):
