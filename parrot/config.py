@@ -44,7 +44,7 @@ class TrainConfig:
     batch_size: int = option(64, "examples in one optimizer step", at_least=1)
     micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
                                           "fit --micro-batch-tokens", at_least=1, may_change=True)
-    micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 2048 on a "
+    micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 1536 on a "
                                             "CPU, with CUDA what its memory holds, at most 16384", at_least=1, may_change=True)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
     learning_rate: float = option(3e-4, "peak learning rate", above=0)
