@@ -24,20 +24,17 @@ from parrot.tokenizer import StreamDecoder
 def main():
     """Read the command line, and answer in the form that it asks for."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
-    names = config.compare or [config.model or newest_run()]
-    if config.prompt is None:
-        chat(load_speaker(names[0], config), config)
-    elif config.compare:
-        columns = []
-        for name in names:
-            speaker = load_speaker(name, config)
-            columns.append([name, "", *numbered(reply_texts(speaker, config.prompt, config))])
+    if config.compare:
+        columns = [[name, "", *numbered(reply_texts(load_speaker(name, config), config.prompt, config))]
+                   for name in config.compare]
         print(side_by_side(columns, shutil.get_terminal_size().columns))
+        return
+    speaker = load_speaker(config.model or newest_run(), config)
+    if config.prompt is None:
+        chat(speaker, config)
     elif config.num_samples > 1:
-        speaker = load_speaker(names[0], config)
         print("\n\n".join(numbered(reply_texts(speaker, config.prompt, config))))
     else:
-        speaker = load_speaker(names[0], config)
         stream(speaker, speaker.prompt([{"role": "user", "content": config.prompt}]), config)
 
 
@@ -66,15 +63,12 @@ def how(speaker, config):
 
 def stream(speaker, prompt, config):
     """Print one reply as it is written; returns its text."""
-    decoder, pieces, written = StreamDecoder(speaker.tokenizer), [], 0
+    decoder = StreamDecoder(speaker.tokenizer)
     for token, in generate(speaker.model, [prompt], speaker.stop, **how(speaker, config)):
-        pieces.append(decoder.step(token))
-        print(printable(pieces[-1]), end="", flush=True)
-        written += 1
-    pieces.append(decoder.finish())
-    print(printable(pieces[-1]), flush=True)
-    tell_if_cut(speaker, len(prompt), written, config)
-    return "".join(pieces)
+        print(printable(decoder.step(token)), end="", flush=True)
+    print(printable(decoder.finish()), flush=True)
+    tell_if_cut(speaker, len(prompt), len(decoder.tokens), config)
+    return speaker.tokenizer.decode(decoder.tokens)
 
 
 def reply_texts(speaker, text, config):

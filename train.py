@@ -11,15 +11,15 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from parrot import hub, portrait, report, weights
+from parrot.chat import pieces_of_view
 from parrot.checkpoint import Progress, RunFolder, describe
 from parrot.compiling import compile_blocks
-from parrot.config import QUICKSTART, TrainConfig, parse
+from parrot.config import TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
 from parrot.device import keep_memory, peak_memory, pick_device, pick_dtype, tokens_a_forward
@@ -38,7 +38,6 @@ class Run:
     config: TrainConfig
     processes: Processes  # one, unless torchrun started several
     folder: RunFolder
-    start_from: Path  # the model folder to start from
     model: Llama
     tokenizer: Tokenizer
     train_set: Examples
@@ -58,9 +57,9 @@ def train(config):
     run = set_up(config)
     model, optimizer, progress, processes = run.model, run.optimizer, run.progress, run.processes
     if progress.step == 0 and processes.rank == 0:
-        before = portrait.ask(Speaker.of("", run.start_from, model, run.tokenizer), run.shown)
+        before = portrait.ask(Speaker.of("", model, run.tokenizer), run.shown)
         say("before training:", *portrait.lines(before))
-        run.folder.show(before=before, example=portrait.example(run.train_set, run.tokenizer))
+        run.folder.show(before=before, example=pieces_of_view(*run.train_set[0], run.tokenizer))
 
     bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
     upcoming = None
@@ -141,12 +140,12 @@ def set_up(config):
     with processes.one_after_the_other():
         folder.open(about, config.resume)
         progress = folder.restore(model, optimizer) if config.resume else Progress()
-    return Run(config, processes, folder, weights_from.path, model, tokenizer, train_set, val_set, optimizer,
+    return Run(config, processes, folder, model, tokenizer, train_set, val_set, optimizer,
                progress, counts.shown, total_steps, dtype, max_tokens, matrix_rate(device, dtype) * processes.size)
 
 
 def ribbons(run, step):
-    """The indices of a step's examples, and the ribbons of its forwards; of several processes each gets one at least."""
+    """The indices of a step's examples, and the ribbons of its forwards, enough for all processes where that can be."""
     indices = examples_of_step(step, run.train_set, run.config.batch_size, run.config.seed)
     most = min(run.config.micro_batch_size or len(indices), -(-len(indices) // run.processes.size))
     return indices, [Batch.of(run.train_set, some, run.model.device)
@@ -188,8 +187,8 @@ def finish(run):
         say("after training:", *portrait.lines(after))
     peak = peak_memory(run.model.device)
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds, peak_memory=peak)
-    told = (f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, {(peak or 0) / 1e9:.1f} GB at most. "
-            f"The model is in {folder.path}")
+    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s"
+    told += f"{f', {peak / 1e9:.1f} GB at most' if peak else ''}. The model is in {folder.path}"
     if progress.best_loss is not None:
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         if progress.best_loss >= progress.first_loss:
@@ -216,4 +215,4 @@ def command_to_resume():
 
 
 if __name__ == "__main__":
-    run_program(lambda: train(parse(TrainConfig, sys.argv[1:], __doc__.splitlines()[0], {"quickstart": QUICKSTART})))
+    run_program(lambda: train(parse(TrainConfig, sys.argv[1:], __doc__.splitlines()[0])))

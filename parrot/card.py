@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from parrot.config import REPETITION_PENALTY
 from parrot.files import read_json, replace_file
 
 LICENCES = {  # of the data sets that we know: (Hub id, licence's id, its name)
@@ -37,7 +38,7 @@ def render(about, evaluation):
         f"A small assistant: {base or weights} fine-tuned with LittleParrot, a from-scratch trainer in plain PyTorch.", "",
         "## Use", "", "The chat template is in the folder. No system turn is expected.", "", "```python",
         "from transformers import pipeline", 'ask = pipeline("text-generation", "path/to/this/folder")',
-        'ask([{"role": "user", "content": "Who are you?"}])', "```", "",
+        f'ask([{{"role": "user", "content": "Who are you?"}}], repetition_penalty={REPETITION_PENALTY})', "```", "",
         "## Training", "",
         f"- Data: {dataset or data}, {about['examples']} examples, {about['held_out']} more held out.",
         f"- Loss on the replies and their end-of-turn tokens only; {about['steps']} steps of {config['batch_size']} examples.",

@@ -10,10 +10,10 @@ A checkpoint is written under another name, flushed and renamed, and only then i
 one deleted: after a crash at any moment, the old or the new one is there, whole.
 """
 
+import functools
 import json
 import platform
 import shutil
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -52,6 +52,18 @@ def describe(config, weights, data, more):
         **more, "finished": False}
 
 
+def writing(method):
+    """Only the process that writes does it; a disk that refuses is a UserError that says what is safe."""
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs) if self.writes else None
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
+    return guarded
+
+
 class RunFolder:
     """The files of one run in `path`. Of several processes, only one `writes`."""
 
@@ -77,39 +89,27 @@ class RunFolder:
         elif self.path.is_dir() and any(each.suffix != ".part" for each in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a run's folder. Choose another --out.")
 
+    @writing
     def open(self, about, resume):
         """Write run.json, or check on resume that nothing that matters is different."""
-        if not self.writes:
-            return
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            if resume:
-                check_same(read_json(self.path / "run.json"), about)
-            write_json(self.path / "run.json", about)
-            self.checkpoints.mkdir(exist_ok=True)
-            self.metrics.touch()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            check_same(read_json(self.path / "run.json"), about)
+        write_json(self.path / "run.json", about)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.metrics.touch()
         self.about = about
 
+    @writing
     def log(self, **values):
         """Add a line to metrics.jsonl."""
-        if self.writes:
-            with self._writing(), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
+    @writing
     def save_best(self, model, tokenizer, dtype):
         """Make `model` the one that this folder holds."""
-        if self.writes:
-            with self._writing():
-                save_model(self.path, model, tokenizer, dtype)
-
-    @contextmanager
-    def _writing(self):
-        """Turn a disk that refuses into a UserError that says what is safe."""
-        try:
-            yield
-        except (OSError, safetensors.SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
+        save_model(self.path, model, tokenizer, dtype)
 
     def what_is_safe(self):
         """A sentence for somebody whose run just broke off."""
@@ -117,6 +117,7 @@ class RunFolder:
         return (f"The checkpoint {saved[-1]} is whole: --resume goes on from it." if saved
                 else "No checkpoint was written yet.")
 
+    @writing
     def _rewind_metrics(self, step):
         """Drop the lines that a resumed run will write again: all after `step` steps.
 
@@ -132,26 +133,23 @@ class RunFolder:
                 kept.append(line + "\n")
         replace_file(self.metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
+    @writing
     def show(self, **values):
         """Keep values for the report, and write it anew."""
-        if self.writes:
-            with self._writing():
-                path = self.path / "report.json"
-                if values:
-                    write_json(path, {**(read_json(path) if path.is_file() else {}), **values})
-                report.write(self.path)
+        path = self.path / "report.json"
+        if values:
+            write_json(path, {**(read_json(path) if path.is_file() else {}), **values})
+        report.write(self.path)
 
+    @writing
     def finish(self, **results):
         """Write the model card, mark the run as finished and drop the checkpoint, which nobody needs any more."""
-        if not self.writes:
-            return
-        with self._writing():
-            self.about |= results
-            write_json(self.path / "run.json", self.about)
-            card.write(self.path)
-            report.write(self.path)
-            write_json(self.path / "run.json", {**self.about, "finished": True})
-            shutil.rmtree(self.checkpoints)
+        self.about |= results
+        write_json(self.path / "run.json", self.about)
+        card.write(self.path)
+        report.write(self.path)
+        write_json(self.path / "run.json", {**self.about, "finished": True})
+        shutil.rmtree(self.checkpoints)
 
     # ---- checkpoints
 
@@ -159,13 +157,14 @@ class RunFolder:
         """The complete checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("step-*[0-9]"))
 
+    @writing
     def save(self, model, optimizer, progress):
         """Keep all that a resumed run needs: the weights, AdamW's two moments, the progress.
 
         The order of the examples is a function of seed and step, and nothing else is random.
         """
         final = self.checkpoints / f"step-{progress.step:06d}"
-        if not self.writes or progress.step == 0 or final.is_dir():  # nothing new to keep
+        if progress.step == 0 or final.is_dir():  # nothing new to keep
             return
         tensors = {}
         for name, parameter in model.named_parameters():
@@ -173,19 +172,18 @@ class RunFolder:
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
         temporary = self.checkpoints / "unfinished"
-        with self._writing():
-            flush(self.metrics)  # its lines up to here will not be written again
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            save_file(tensors, temporary / "tensors.safetensors")
-            write_json(temporary / "progress.json", asdict(progress))
-            flush(temporary / "tensors.safetensors")
-            flush(temporary)
-            temporary.rename(final)
-            flush(self.checkpoints)
-            for old in self._saved():
-                if old != final:
-                    shutil.rmtree(old)
+        flush(self.metrics)  # its lines up to here will not be written again
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(tensors, temporary / "tensors.safetensors")
+        write_json(temporary / "progress.json", asdict(progress))
+        flush(temporary / "tensors.safetensors")
+        flush(temporary)
+        temporary.rename(final)
+        flush(self.checkpoints)
+        for old in self._saved():
+            if old != final:
+                shutil.rmtree(old)
 
     def restore(self, model, optimizer):
         """Load the newest checkpoint into model and optimizer; Progress() where there is none."""
@@ -206,9 +204,7 @@ class RunFolder:
                                for moment in ("exp_avg", "exp_avg_sq")}}
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path} cannot be used: {error}") from None
-        if self.writes:
-            with self._writing():
-                self._rewind_metrics(progress.step)
+        self._rewind_metrics(progress.step)
         return progress
 
 

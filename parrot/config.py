@@ -29,11 +29,16 @@ REPETITION_PENALTY = 1.2  # the likeliest token of a small model leads into loop
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
 
 
+# Few examples: with 64 a step there would be too few steps, and a third epoch, or a higher
+# learning rate, only learned them by heart (held-out loss 2.32 instead of 2.13).
+QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart", "epochs": 2,
+              "batch_size": 16, "learning_rate": 2e-4, "val_fraction": 0.1, "eval_every": 15}
+
+
 @dataclass
 class TrainConfig:
-    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: --weights instruct-q4 --data "
-                              "quickstart --out out/quickstart --epochs 2 --batch-size 16 "
-                              "--learning-rate 2e-4 --val-fraction 0.1 --eval-every 15")
+    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: str = option("dolly", "what to train on: dolly | quickstart | a .jsonl, .json or "
                        ".parquet file | a Hub dataset id")
@@ -83,12 +88,6 @@ class TrainConfig:
         return None
 
 
-# Few examples: with 64 a step there would be too few steps, and a third epoch, or a higher
-# learning rate, only learned them by heart (held-out loss 2.32 instead of 2.13).
-QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart", "epochs": 2,
-              "batch_size": 16, "learning_rate": 2e-4, "val_fraction": 0.1, "eval_every": 15}
-
-
 @dataclass
 class SampleConfig:
     model: str | None = option(None, f"{WEIGHTS}; default: the newest of out/littleparrot and "
@@ -97,8 +96,8 @@ class SampleConfig:
     format: str = option("auto", "chat: in the model's chat template; plain: go on with the text; "
                          "auto: chat where the folder has a template", choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")
-    temperature: float = option(0.7, "below 1: surer, above: more varied; 0: always the "
-                                "likeliest token (greedy)", at_least=0)
+    temperature: float = option(0.7, "below 1: surer, above: more varied; 0: always the likeliest "
+                                "token, after the penalty (greedy)", at_least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens that hold this much of the "
                           "probability", above=0, at_most=1)
     repetition_penalty: float = option(REPETITION_PENALTY, "above 1: what the reply has said becomes less likely", at_least=1)
@@ -149,21 +148,16 @@ class BenchmarkConfig:
     dtype: str = option("bfloat16", "type of the matrix products", choices=DTYPES)
     json: bool = option(False, "print the figures as JSON, in SI units")
 
-def parse(config_class, argv, description, presets=None):
-    """Build `config_class` from a command line. A wrong one ends the process with status 2.
-
-    presets: {"quickstart": {field: default}}: a flag that sets other defaults, which
-    options beside it still override.
-    """
+def parse(config_class, argv, description):
+    """Build `config_class` from a command line. A wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     types = typing.get_type_hints(config_class)
     for each in fields(config_class):
         _add_argument(parser, each, types[each.name])
     args = parser.parse_args(argv)
-    for flag, defaults in (presets or {}).items():
-        if getattr(args, flag):
-            parser.set_defaults(**defaults)
-            args = parser.parse_args(argv)
+    if getattr(args, "quickstart", False):  # other defaults, which options beside it still override
+        parser.set_defaults(**QUICKSTART)
+        args = parser.parse_args(argv)
     config = config_class(**vars(args))
     if hasattr(config, "contradiction") and (fault := config.contradiction()):
         parser.error(fault)

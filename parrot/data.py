@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,8 @@ def is_held_out(messages, fraction):
     So the same prompt never stands on both sides, and neither the order of the file nor the
     seed changes the split. Case and white space do not count.
     """
-    prompt = []
-    for message in messages:
-        if message["role"] == "assistant":
-            break
-        prompt.append(" ".join(text_of(message).lower().split()))
+    prompt = [" ".join(text_of(message).lower().split())
+              for message in takewhile(lambda message: message["role"] != "assistant", messages)]
     digest = hashlib.sha256("\n".join(prompt).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -1,6 +1,5 @@
 """What the machine can do, and how it is asked: device, and type of the matrix products."""
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -50,9 +49,7 @@ def send(tensor, device):
 
 def autocast(device, dtype):
     """Matrix products in `dtype`, everything else, the weights first, in float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def keep_memory():
@@ -72,7 +69,7 @@ def keep_memory():
 
 
 def peak_memory(device):
-    """Bytes that this process held at most: of the GPU's memory, else of the machine's; None where nobody counts."""
+    """Bytes that this process held at most so far: of the GPU's memory, else of the machine's; None where nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -149,11 +149,11 @@ def write_all(speaker, prompts, config, what, **how):
     """Replies to many prompts, in batches of prompts of similar length: [(tokens, ended)]."""
     written = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    how["repetition_penalty"] = config.repetition_penalty
     with tqdm(total=len(prompts), desc=f"{speaker.name}: {what}", leave=False) as bar:
         for start in range(0, len(order), config.batch_size):
             some = order[start:start + config.batch_size]
-            for i, reply in zip(some, replies(speaker.model, [prompts[i] for i in some], speaker.stop, **how)):
+            for i, reply in zip(some, replies(speaker.model, [prompts[i] for i in some], speaker.stop,
+                                              repetition_penalty=config.repetition_penalty, **how)):
                 written[i] = reply
             bar.update(len(some))
     return written
@@ -212,7 +212,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     device = pick_device(config.device)
     speaker = Speaker.load(str(folder), pick_dtype(config.dtype, device), device, format)
     speaker.name = name
-    results = {"format": format, "loss": loss_table(speaker, conversations, config),
+    results = {"format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
                "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
@@ -231,7 +231,8 @@ def with_error(mean, error):
 
 def rows_of(results):
     """All numbers as rows of text, a column for each model."""
-    rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)]]
+    rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)],
+            ["repetition penalty of all replies", *(f"{each['penalty']:g}" for each in results)]]
     for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
         rows.append([f"held-out loss, {name}", *(with_error(*each["loss"].get(name, (None, None))[:2]) for each in results)])
     for how in ("greedy", "sampled"):

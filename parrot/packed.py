@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 16)  # in the order that suits 16 rows
 
     def forward(self, x):
-        if len(x) == 1:  # sampling.logits_after sees to it that this is torch's own product
+        if len(x) == 1:  # after the prompt, sampling.logits_after makes this torch's own product
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 

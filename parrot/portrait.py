@@ -3,7 +3,7 @@
 import torch
 
 from parrot.attention import Ribbon
-from parrot.chat import pieces_of_view, text_of
+from parrot.chat import text_of
 from parrot.config import REPETITION_PENALTY
 from parrot.sampling import nucleus, replies
 
@@ -13,7 +13,7 @@ TOP_P = 0.9  # the nucleus that is shown
 
 
 def ask(speaker, conversations=()):
-    """QUESTIONS, then held-out conversations -> [[asked, reply, ids of the reply]], greedily."""
+    """QUESTIONS, then held-out conversations -> [[asked, reply, ids of the reply]], greedily but for the penalty."""
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS] + list(conversations)
     written = replies(speaker.model, [speaker.prompt(messages) for messages in asked], speaker.stop,
                       max_new_tokens=48, temperature=0, top_p=1, repetition_penalty=REPETITION_PENALTY)
@@ -39,8 +39,3 @@ def certainty(speaker, question, tokens):
              "likeliest": [[speaker.tokenizer.decode_with_control([other]), float(share)]
                            for share, other in zip(likeliest.values[i], likeliest.indices[i])]}
             for i, token in enumerate(tokens)]
-
-
-def example(examples, tokenizer):
-    """The first example as [[text, whether it is learned]]."""
-    return pieces_of_view(*examples[0], tokenizer)

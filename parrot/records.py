@@ -136,10 +136,7 @@ def _check_messages(messages):
                             f"expected one of {', '.join(ROLES)}")
         if message["role"] == "system" and number > 1:
             raise BadRecord(f"message {number}: a system turn can only be the first")
-        try:
-            checked.append({"role": message["role"], "content": _words(message, "content")})
-        except BadRecord as error:
-            raise BadRecord(f"message {number}: {error}") from None
+        checked.append({"role": message["role"], "content": _words(message, "content", f"message {number}: content")})
     if not any(m["role"] == "assistant" for m in checked):
         raise BadRecord("no message is the assistant's: there is nothing to learn")
     return checked
@@ -152,15 +149,15 @@ def _of_sane_length(messages):
     return messages
 
 
-def _words(record, key):
+def _words(record, key, name=None):
     """The text under `key`: a string that is not blank and that UTF-8 can hold."""
-    text = record.get(key)
+    text, name = record.get(key), name or key
     if not isinstance(text, str):
-        raise BadRecord(f"{key} is not a string but {'missing' if text is None else type(text).__name__}")
+        raise BadRecord(f"{name} is not a string but {'missing' if text is None else type(text).__name__}")
     if not text.strip():
-        raise BadRecord(f"{key} is empty")
+        raise BadRecord(f"{name} is empty")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{key} contains half of a surrogate pair") from None
+        raise BadRecord(f"{name} contains half of a surrogate pair") from None
     return text

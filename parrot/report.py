@@ -176,8 +176,8 @@ def answer(tokens):
         about = f"{token['probability']:.1%}; the nucleus of top-p {token['top_p']:g} holds {token['nucleus']} tokens\n{others}"
         spans.append(f'<span style="background: color-mix(in srgb, var(--one) {55 * token["probability"]:.0f}%, transparent)" '
                      f'title="{text(about)}">{text(token["text"])}</span>')
-    return ("<h2>How sure it was</h2><p class=soft>A reply after training. The stronger the colour, the likelier the token was; "
-            "point at one to see what else stood in the nucleus.</p>" f'<div class="card tokens">{"".join(spans)}</div>')
+    return ("<h2>How sure it was</h2><p class=soft>A reply after training. The stronger the colour, the likelier the token was to "
+            "follow, before the penalty on what was said; point at one to see what else stood in the nucleus.</p>" f'<div class="card tokens">{"".join(spans)}</div>')
 
 
 def example(tokens):

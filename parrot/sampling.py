@@ -96,16 +96,14 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
             logits = penalize(logits, written[:, :count], repetition_penalty)
         written[:, count] = tokens = choose(logits, temperature, top_p, generator)  # (B,)
         going_on &= ~torch.isin(tokens, stop)
-        shown = tokens.masked_fill(~going_on, -1).tolist()
-        if max(shown) < 0:
+        said = {place: token for place, token in zip(places, tokens.masked_fill(~going_on, -1).tolist()) if token >= 0}
+        if not said:
             return
-        reply = dict(zip(places, shown))
-        yield [None if reply.get(place, -1) < 0 else reply[place] for place in range(len(each))]
-        if not cache.static and shown.count(-1) * 2 >= len(shown):  # half have ended: go on without them
+        yield [said.get(place) for place in range(len(each))]
+        if not cache.static and len(said) * 2 <= len(places):  # half have ended: go on without them
             rows = going_on.nonzero()[:, 0]
             cache.select(rows)
-            tokens, written, going_on = tokens[rows], written[rows], going_on[rows]
-            places = [places[row] for row in rows.tolist()]
+            tokens, written, going_on, places = tokens[rows], written[rows], going_on[rows], list(said)
         if count < room - 1:
             logits = next_logits(tokens)
 

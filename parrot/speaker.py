@@ -1,7 +1,6 @@
 """A model with all that it takes to talk to it: its tokenizer, its format, where it stops."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from parrot import hub, packed, weights
 from parrot.chat import default_system, encode_prompt
@@ -13,7 +12,6 @@ from parrot.tokenizer import Tokenizer
 class Speaker:
     """A loaded model folder."""
     name: str
-    folder: Path
     model: Llama
     tokenizer: Tokenizer
     stop: set  # the ids that end a reply
@@ -23,17 +21,16 @@ class Speaker:
     @classmethod
     def load(cls, name, dtype, device, format="auto"):
         """A name that --model takes -> Speaker. format: chat, plain, or auto: as the folder is."""
-        folder = hub.find_weights(name).path
-        model, tokenizer = weights.load(folder, dtype, device)
+        model, tokenizer = weights.load(hub.find_weights(name).path, dtype, device)
         packed.pack(model)
-        return cls.of(name, folder, model, tokenizer, format)
+        return cls.of(name, model, tokenizer, format)
 
     @classmethod
-    def of(cls, name, folder, model, tokenizer, format="auto"):
+    def of(cls, name, model, tokenizer, format="auto"):
         """A model that is loaded already -> Speaker."""
         chats = format == "chat" or (format == "auto" and tokenizer.chat_template is not None)
         system = default_system(tokenizer.chat_template) if chats and tokenizer.chat_template else None
-        return cls(name, folder, model, tokenizer, weights.stop_tokens(folder, tokenizer), chats, system)
+        return cls(name, model, tokenizer, weights.stop_tokens(tokenizer.folder, tokenizer), chats, system)
 
     def prompt(self, messages):
         """The tokens that the reply follows: the template around all turns, or the bare text."""

@@ -119,7 +119,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     if config.tie_word_embeddings and "lm_head.weight" in tensors:  # allowed where it is a copy
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight", torch.empty(0))):
+        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight", torch.empty(0, device=device))):
             raise UserError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
                             "but config.json has tie_word_embeddings true")
     missing = sorted(expected.keys() - tensors.keys())

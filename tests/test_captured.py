@@ -1,7 +1,5 @@
 """The CUDA graph of a step, where there is a GPU."""
 
-import functools
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -18,5 +16,5 @@ def test_the_same_replies_as_step_by_step(monkeypatch):
     def replies():
         return list(sampling.generate(model, prompts, set(), max_new_tokens=30, temperature=0, top_p=1))
     replayed = replies()
-    monkeypatch.setattr(sampling, "CapturedStep", lambda *parts: functools.partial(sampling.logits_after, *parts))
+    monkeypatch.setattr(sampling, "CapturedStep", lambda model, cache: lambda tokens: sampling.logits_after(model, cache, tokens))
     assert replies() == replayed

@@ -8,7 +8,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from parrot import weights
-from parrot.chat import CHAT_TEMPLATE, coloured, default_system, encode_chat, encode_prompt, text_of
+from parrot.chat import CHAT_TEMPLATE, coloured, default_system, encode_chat, encode_prompt, pieces_of_view, text_of
 from parrot.console import UserError
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
@@ -88,6 +88,12 @@ def test_the_view_marks_what_is_supervised_and_shows_control_characters(tokenize
     text = coloured(*encode_chat(messages, tokenizer), tokenizer, colour=False)
     assert text == "<|im_start|>user\na\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
     assert "\x1b[32mb<|im_end|>\x1b[0m" in coloured(*encode_chat(messages, tokenizer), tokenizer)
+
+
+def test_the_pieces_that_the_report_marks(tokenizer):
+    encoded = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenizer)
+    assert pieces_of_view(*encoded, tokenizer) == [
+        ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False], ["Ho<|im_end|>", True], ["\n", False]]
 
 
 def test_the_view_from_the_command_line(records_file, tiny_folder):

@@ -4,11 +4,11 @@ from dataclasses import fields
 
 import pytest
 
-from parrot.config import QUICKSTART, SampleConfig, TrainConfig, parse
+from parrot.config import SampleConfig, TrainConfig, parse
 
 
 def train(*argv):
-    return parse(TrainConfig, argv, "", {"quickstart": QUICKSTART})
+    return parse(TrainConfig, argv, "")
 
 
 def test_every_field_is_a_flag_with_its_default():

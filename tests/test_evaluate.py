@@ -72,7 +72,7 @@ def test_the_loss_of_each_category_is_that_of_transformers(config, tiny_folder, 
     for i, record in enumerate(records):
         record["category"] = "odd" if i % 2 else "even"
     conversations = list(read_conversations(records_file(records)))
-    speaker = Speaker.of("tiny", tiny_folder, *weights.load(tiny_folder))
+    speaker = Speaker.of("tiny", *weights.load(tiny_folder))
     table = evaluate.loss_table(speaker, conversations, config)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     sums, counts = {"odd": 0, "even": 0}, {"odd": 0, "even": 0}

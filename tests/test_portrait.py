@@ -5,8 +5,6 @@ import torch
 
 from parrot import portrait
 from parrot.attention import Ribbon
-from parrot.chat import encode_chat
-from parrot.data import Examples
 from parrot.speaker import Speaker
 
 
@@ -38,11 +36,3 @@ def test_probabilities_are_those_of_a_sum_over_the_vocabulary(speaker):
 def test_held_out_prompts_are_asked_too(speaker):
     asked = portrait.ask(speaker, [[{"role": "user", "content": "Count.", "context": "From 1."}]])
     assert len(asked) == 5 and asked[4][0] == "Count.\n\nFrom 1." and len(portrait.lines(asked)) == 4
-
-
-def test_the_example_is_marked_as_it_is_learned(speaker):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    tokens, supervised = encode_chat(messages, speaker.tokenizer)
-    examples = Examples.of([(tokens, supervised)])
-    assert portrait.example(examples, speaker.tokenizer) == [
-        ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False], ["Ho<|im_end|>", True], ["\n", False]]

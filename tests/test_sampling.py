@@ -121,14 +121,19 @@ def test_greedy_is_the_argmax_of_the_uncached_model():
 
 def test_a_penalty_looks_at_the_reply_and_not_at_the_prompt():
     from parrot.attention import Ribbon
-    model, tokens = tiny_model(), list(PROMPT)
-    with torch.no_grad():
-        for _ in range(12):
-            logits = model.logits(model(torch.tensor(tokens), Ribbon([len(tokens)])))[-1]
-            for token in set(tokens[len(PROMPT):]):
-                logits[token] *= 1 / 1.5 if logits[token] > 0 else 1.5
-            tokens.append(logits.argmax().item())
-    assert run(temperature=0, repetition_penalty=1.5) == [tokens[4:]] != run(temperature=0)
+    model, prompt = tiny_model(), PROMPT + run(temperature=0)[0]  # in which stands what the reply would say
+
+    def brute_force(start):
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(12):
+                logits = model.logits(model(torch.tensor(tokens), Ribbon([len(tokens)])))[-1]
+                for token in set(tokens[start:]):
+                    logits[token] *= 1 / 1.5 if logits[token] > 0 else 1.5
+                tokens.append(logits.argmax().item())
+        return tokens[len(prompt):]
+    assert run([prompt], temperature=0, repetition_penalty=1.5) == [brute_force(len(prompt))]
+    assert brute_force(len(prompt)) != brute_force(0) and [brute_force(len(prompt))] != run([prompt], temperature=0)
 
 
 def test_a_penalty_that_is_high_ends_every_loop():
@@ -165,13 +170,16 @@ def test_one_reply_may_end_before_another():
     assert run(prompts, temperature=0, stop={stop}) == [whole[0][:whole[0].index(stop)], whole[1]]
 
 
-def test_those_that_go_on_when_others_have_ended_get_the_replies_they_get_alone():
+def test_those_that_go_on_when_half_have_ended_get_the_replies_they_get_alone():
     prompts = [[n, n + 1, n + 2][:1 + n % 3] for n in range(10, 45, 5)]
-    whole = run(prompts, temperature=0, max_new_tokens=40)
+    how = {"temperature": 0, "max_new_tokens": 40, "repetition_penalty": 1.5}  # which remembers what each reply has said
+    whole = run(prompts, **how)
     stop = {whole[i][4 * i] for i in range(6)}
     expected = [reply[:next((i for i, token in enumerate(reply) if token in stop), None)] for reply in whole]
-    assert len({len(reply) for reply in expected}) > 3
-    assert run(prompts, temperature=0, max_new_tokens=40, stop=stop) == expected
+    ends = sorted(map(len, expected))
+    assert ends[0] < ends[3] < ends[-1]  # so that at least one is left when four of seven have ended
+    assert run(prompts, stop=stop, **how) == expected
+    assert run(prompts, stop=stop, samples_each=2, **how) == [reply for reply in expected for _ in range(2)]
 
 
 def test_the_end_of_the_context_ends_the_reply():

@@ -8,7 +8,6 @@ checks and a short run show that the script itself works.
 
 import argparse
 import importlib.util
-import functools
 import json
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def check_replay(model):
     def replies():
         return list(sampling.generate(model, [[5, 6, 7], [8, 9, 10, 11]], set(), max_new_tokens=30, temperature=0, top_p=1))
     replayed, usual = replies(), sampling.CapturedStep
-    sampling.CapturedStep = lambda *parts: functools.partial(sampling.logits_after, *parts)
+    sampling.CapturedStep = lambda model, cache: lambda tokens: sampling.logits_after(model, cache, tokens)
     same, sampling.CapturedStep = replayed == replies(), usual
     print(f"replayed replies are the same: {same}", flush=True)
     return same
