@@ -121,7 +121,7 @@ def chart(title, series, key="", zero=False):
         if name == "two":
             parts += [f'<circle class="dot" r="3.2" cx="{place(p).split(",")[0]}" cy="{place(p).split(",")[1]}">'
                       f"<title>step {p[0]}: {p[1]:.4f}</title></circle>" for p in line]
-    return (f'<div class="card"><p>{title} <small>{key}</small></p><svg viewBox="0 0 500 232" role="img">'
+    return (f'<div class="card"><p>{title} <small>{key}</small></p><svg viewBox="0 0 508 232" role="img">'
             f'{"".join(parts)}<text x="270" y="229" text-anchor="middle">step</text></svg></div>')
 
 

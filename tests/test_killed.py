@@ -171,9 +171,9 @@ def finished(config):
 
 
 def test_killed_at_random_moments(config, whole):
-    """12 kills, in whatever the run does: reading, a step, an evaluation; two in a row."""
-    chance, kills = random.Random(0), 0
-    for number in range(6):
+    """6 kills, other ones in each type, in whatever the run does: reading, a step, an evaluation; two in a row."""
+    chance, kills = random.Random(config.keywords["dtype"]), 0
+    for number in range(3):
         c = config(f"run-{number}")
         while kills < 2 * (number + 1):
             if finished(c):  # before it died twice
@@ -186,9 +186,9 @@ def test_killed_at_random_moments(config, whole):
 
 
 def test_killed_while_writing(config, whole):
-    """20 of the moments before something is opened, renamed or deleted on the disk; two in each run."""
-    moments = random.Random(1).sample(range(1, whole[2] + 1), 20)
-    for number in range(10):
+    """10 moments, other ones in each type, before something is opened, renamed or deleted; two in each run."""
+    moments = random.Random(config.keywords["dtype"]).sample(range(1, whole[2] + 1), 10)
+    for number in range(5):
         dead_at(moments[2 * number:2 * number + 2], config(f"run-{number}"), whole)
 
 
