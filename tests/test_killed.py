@@ -151,12 +151,12 @@ def whole(config, tmp_path):
     return outcome(tmp_path / "whole"), min(seconds), touches
 
 
-def go_on_to_the_end(config, whole):
-    """Resume, if it is not finished, and compare."""
+def end_of(config):
+    """Resume, if it is not finished -> the outcome."""
     if not finished(config):
         status, _, told = Training(resumed(config)).finish()
         assert status == 0, told
-    assert outcome(config.out) == whole[0]
+    return outcome(config.out)
 
 
 def the_best_so_far_is_whole(config):
@@ -182,23 +182,24 @@ def test_killed_at_random_moments(config, whole):
             time.sleep(chance.uniform(0, whole[1]))
             process.kill()
             kills += process.finish()[0] == -9
-        go_on_to_the_end(c, whole)
+        assert end_of(c) == whole[0]
 
 
 def test_killed_while_writing(config, whole):
     """10 moments, other ones in each type, before something is opened, renamed or deleted; two in each run."""
     moments = random.Random(config.keywords["dtype"]).sample(range(1, whole[2] + 1), 10)
     for number in range(5):
-        dead_at(moments[2 * number:2 * number + 2], config(f"run-{number}"), whole)
+        assert dead_at(moments[2 * number:2 * number + 2], config(f"run-{number}")) == whole[0]
 
 
-def dead_at(moments, c, whole):
+def dead_at(moments, c):
+    """The outcome of a run that died just before each of these touches of the disk."""
     for moment in moments:
         if not finished(c):
             status, _, told = Training(resumed(c), at_touch, moment, die).finish()
             assert status in (-9, 0), told
             the_best_so_far_is_whole(c)
-    go_on_to_the_end(c, whole)
+    return end_of(c)
 
 
 @pytest.mark.parametrize("number, share", [(1, 0), (2, 0.5), (3, 0.99), (5, 0.3)])
@@ -206,22 +207,23 @@ def test_killed_half_way_through_a_tensor_file(number, share, config, whole):
     c = config()
     assert Training(c, die_half_way_through, number, share).finish()[0] == -9
     the_best_so_far_is_whole(c)
-    go_on_to_the_end(c, whole)
+    assert end_of(c) == whole[0]
 
 
 def test_the_disk_fills(config, whole):
     """At any moment: an error in words, and what was saved resumes once there is room again."""
     for moment in random.Random(2).sample(range(2, whole[2]), 6):
-        full_at(moment, config(f"full-{moment}"), whole)
+        assert full_at(moment, config(f"full-{moment}")) == whole[0]
 
 
-def full_at(moment, c, whole):
+def full_at(moment, c):
+    """The outcome of a run for which the disk was full for a while."""
     status, _, told = Training(c, at_touch, moment, no_file_larger_than, 200).finish()
     assert "Traceback" not in told
     if status:  # else only small things were left to write
         assert status == 1 and "cannot write into" in told and "File too large" in told
         assert "is whole: --resume goes on" in told or "No checkpoint was written yet" in told
-    go_on_to_the_end(c, whole)
+    return end_of(c)
 
 
 def no_more_memory():
@@ -296,7 +298,7 @@ def test_real_weights_in_bfloat16_killed_and_resumed(settings, q4_folder, tmp_pa
             time.sleep(chance.uniform(0.2, 0.9) * seconds)
             process.kill()
             process.finish()
-    go_on_to_the_end(real("out"), (outcome(real("whole").out),))
+    assert end_of(real("out")) == outcome(real("whole").out)
 
 
 @pytest.mark.long
@@ -308,7 +310,7 @@ def test_compiled_and_resumed(settings):
     assert status == 0 and ", compiled" in told, told
     for moment in (60, 80):  # after some steps
         Training(resumed(c("out")), at_touch, moment, die).finish()
-    go_on_to_the_end(c("out"), (outcome(c("whole").out),))
+    assert end_of(c("out")) == outcome(c("whole").out)
 
 
 def no_compiler(folder):
@@ -329,5 +331,5 @@ def test_without_a_compiler(settings, tmp_path):
 @pytest.mark.long
 def test_killed_and_full_at_every_touch_of_the_disk(config, whole):
     for moment in range(1, whole[2] + 1):
-        dead_at([moment], config(f"killed-{moment}"), whole)
-        full_at(moment, config(f"full-{moment}"), whole)
+        assert dead_at([moment], config(f"killed-{moment}")) == whole[0]
+        assert full_at(moment, config(f"full-{moment}")) == whole[0]
