@@ -15,7 +15,7 @@ import torch
 
 from parrot.config import SampleConfig, parse
 from parrot.console import UserError, printable, run_program, say, side_by_side
-from parrot.device import pick_device, pick_dtype
+from parrot.device import pick
 from parrot.sampling import check_room, generate, replies
 from parrot.speaker import Speaker
 from parrot.tokenizer import StreamDecoder
@@ -49,8 +49,9 @@ def newest_run():
 
 def load_speaker(name, config):
     """Load the model `name` in the format that was asked for."""
-    device = pick_device(config.device)
-    return Speaker.load(name, pick_dtype(config.dtype, device), device, config.format)
+    device, dtype = pick(config)
+    one_reply = config.prompt is not None and config.num_samples == 1  # is done sooner without
+    return Speaker.load(name, dtype, device, config.format, pack=not one_reply)
 
 
 def how(speaker, config):

@@ -22,7 +22,7 @@ from parrot.compiling import compile_blocks
 from parrot.config import TrainConfig, parse
 from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 from parrot.data import Batch, Examples, examples_of_step, load_examples, micro_batches, steps_an_epoch
-from parrot.device import keep_memory, peak_memory, pick_device, pick_dtype, tokens_a_forward
+from parrot.device import keep_memory, peak_memory, pick, tokens_a_forward
 from parrot.distributed import Processes
 from parrot.limits import flop_of, matrix_rate
 from parrot.model import Llama
@@ -115,9 +115,7 @@ def set_up(config):
     processes = Processes()
     folder = RunFolder(config.out, writes=processes.rank == 0)
     folder.begin(config.resume)
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    config.dtype = str(dtype).removeprefix("torch.")  # what run.json tells, and what --resume must find again
+    device, dtype = pick(config)
 
     with processes.one_after_the_other():  # the first may have to download and to tokenise, the others find it done
         data_from, weights_from = hub.find_data(config.data), hub.find_weights(config.weights)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from parrot import hub, packed, weights
 from parrot.config import BenchmarkConfig, parse
 from parrot.console import UserError, run_program
-from parrot.device import pick_device, pick_dtype
+from parrot.device import pick
 from parrot.files import read_json
 from parrot.limits import matrix_rate, memory_rate, seconds
 from parrot.sampling import generate
@@ -68,8 +68,7 @@ def first_word(folder, device, dtype):
 
 def measure(config):
     """Yield (name, figure in SI units) of all figures."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    device, dtype = pick(config)
     folder = hub.find_weights(config.weights).path
     yield "matrix product, FLOP/s", matrix_rate(device, dtype)
     memory = memory_rate(device)
@@ -107,7 +106,7 @@ def main():
     """Read the command line, measure, print a table."""
     config = parse(BenchmarkConfig, sys.argv[1:], __doc__.splitlines()[0])
     found = dict(tqdm(measure(config), total=9, desc="measuring", leave=False))
-    device = pick_device(config.device)
+    device, _ = pick(config)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(json.dumps(found, indent=2) if config.json else "\n".join(
         [f"{device}, {chip}, torch {torch.__version__}, {config.dtype}, {config.weights} on {config.data}",

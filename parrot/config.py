@@ -62,8 +62,8 @@ class TrainConfig:
     grad_clip: float = option(1.0, "longest gradient; 0: no clipping", at_least=0)
     seed: int = option(0, "order of the examples", at_least=0)
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
-    dtype: str = option("bfloat16", "type of the matrix products (autocast) and of the saved "
-                        "model; the weights that are trained are float32", choices=DTYPES)
+    dtype: str = option("bfloat16", "type of the matrix products (autocast) and of the saved model, float32 on hardware without "
+                        "bfloat16 units; the weights that are trained are float32", choices=DTYPES)
     compile: str = option("auto", "torch.compile what is not attention; auto: where it works and the run "
                           "is long enough to earn it back", choices=("auto", "on", "off"), may_change=True)
     eval_every: int = option(50, "steps between two held-out losses", at_least=1)

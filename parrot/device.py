@@ -21,12 +21,26 @@ def tokens_a_forward(model, dtype):
     return int(min(16384, max(1024, spare / each)))
 
 
-def pick_dtype(name, device):
-    """bfloat16 | float32 -> torch.dtype; float32 on a GPU that has no bfloat16 units."""
-    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        say(f"{torch.cuda.get_device_name(device)} has no bfloat16: computing in float32")
-        name = "float32"
-    return getattr(torch, name)
+def pick(config):
+    """--device and --dtype of these settings -> torch.device, torch.dtype; the settings then say what they became.
+
+    float32 where bfloat16 has no units of its own. UserError where the device is not there.
+    """
+    device = pick_device(config.device)
+    if config.dtype == "bfloat16" and not multiplies_bfloat16(device):
+        say(f"{device} has no units that multiply bfloat16: computing in float32")
+        config.dtype = "float32"
+    return device, getattr(torch, config.dtype)
+
+
+def multiplies_bfloat16(device):
+    """Whether the hardware does; a CPU that does not takes 400 times as long as for float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()  # the last of these is ARM's; all are used by oneDNN (mkldnn) alone
+        return torch.backends.mkldnn.is_available() and any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return True
 
 
 def pick_device(name):

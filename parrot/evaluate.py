@@ -28,7 +28,7 @@ from parrot.chat import text_of
 from parrot.config import EvaluateConfig, parse
 from parrot.console import UserError, printable, run_program
 from parrot.data import Batch, Examples, is_held_out, micro_batches
-from parrot.device import pick_device, pick_dtype, tokens_a_forward
+from parrot.device import pick, tokens_a_forward
 from parrot.files import read_json, sha256_of, write_json
 from parrot.records import read_conversations
 from parrot.sampling import replies
@@ -202,6 +202,7 @@ def facts_table(speaker, config):
 
 def evaluate(name, folder, format, conversations, config, data_hash):
     """All measures of one model in one format, from the cache where they were taken before."""
+    device, dtype = pick(config)
     settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
              if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
@@ -209,8 +210,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return {"model": name, **read_json(path)}
-    device = pick_device(config.device)
-    speaker = Speaker.load(str(folder), pick_dtype(config.dtype, device), device, format)
+    speaker = Speaker.load(str(folder), dtype, device, format)
     speaker.name = name
     results = {"format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
                "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}

@@ -19,10 +19,14 @@ class Speaker:
     system: str | None  # the system turn that its template puts in by itself
 
     @classmethod
-    def load(cls, name, dtype, device, format="auto"):
-        """A name that --model takes -> Speaker. format: chat, plain, or auto: as the folder is."""
+    def load(cls, name, dtype, device, format="auto", pack=True):
+        """A name that --model takes -> Speaker.
+
+        format: chat, plain, or auto: as the folder is. pack: take up to a second now to write faster then.
+        """
         model, tokenizer = weights.load(hub.find_weights(name).path, dtype, device)
-        packed.pack(model)
+        if pack:
+            packed.pack(model)
         return cls.of(name, model, tokenizer, format)
 
     @classmethod

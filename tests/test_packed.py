@@ -10,33 +10,46 @@ from parrot import packed, weights
 from parrot.attention import Ribbon
 from parrot.sampling import generate
 
-needs_packing = pytest.mark.skipif(not packed.pays(torch.device("cpu"), torch.bfloat16),
-                                   reason="this CPU has no bfloat16 products")
+CPU = torch.device("cpu")
 
 
-def test_only_bfloat16_on_a_cpu_is_packed():
-    assert not packed.pays(torch.device("cpu"), torch.float32)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    if not packed.pays(CPU, request.param):
+        pytest.skip("this CPU's products are not packed")
+    return request.param
+
+
+def test_packed_where_it_was_seen_to_pay(monkeypatch):
     assert not packed.pays(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(packed.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for units in (True, False):
+        monkeypatch.setattr(packed, "multiplies_bfloat16", lambda _: units)
+        assert packed.pays(CPU, torch.float32) and packed.pays(CPU, torch.bfloat16) == units
+    monkeypatch.setattr(packed.platform, "machine", lambda: "arm64")
+    assert not packed.pays(CPU, torch.float32)
 
 
-@needs_packing
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_same_logits_for_any_shape(heads, kv_heads, tied):
-    exact = tiny_model(tiny_config(heads, kv_heads, tied))
-    plain = copy.deepcopy(exact).bfloat16()
+def test_the_same_logits_for_any_shape(heads, kv_heads, tied, dtype):
+    exact = tiny_model(tiny_config(heads, kv_heads, tied)).double()
+    plain = copy.deepcopy(exact).to(dtype)
     ours = copy.deepcopy(plain)
     packed.pack(ours)
-    tokens, ribbon = torch.arange(40) * 7 % 320, Ribbon([25, 15])
-    with torch.inference_mode():
-        expected, near, found = (model.logits(model(tokens, ribbon)).float() for model in (exact, plain, ours))
-    assert (found - expected).norm() <= 1.2 * (near - expected).norm()  # no further from the truth than bfloat16 is
-    assert ours.device.type == "cpu" and ours.dtype == torch.bfloat16
+    assert isinstance(ours.lm_head, packed.PackedLinear)
+    tokens = torch.arange(40) * 7 % 320
+    for some, ribbon in ((tokens, Ribbon([25, 15])), (tokens[:1], Ribbon([1]))):
+        with torch.inference_mode():
+            expected, near, found = (model.logits(model(some, ribbon)).double() for model in (exact, plain, ours))
+        # no further from the truth than its type is
+        assert (found - expected).norm() <= 1.2 * (near - expected).norm() + 1e-6 * expected.norm()
+    assert ours.device.type == "cpu" and ours.dtype == dtype
 
 
-@needs_packing
-def test_the_real_model_writes_the_same_reply(q4_folder):
-    model, tokenizer = weights.load(q4_folder, torch.bfloat16, torch.device("cpu"))
+def test_the_real_model_writes_the_same_reply(q4_folder, dtype):
+    model, tokenizer = weights.load(q4_folder, dtype, CPU)
     prompt = tokenizer.encode("The capital of France is")
 
     def reply():

@@ -26,6 +26,14 @@ PROMPT = "Write a long story about a parrot that learns to speak."
 
 # ---- what a child process does
 
+def the_dtype():
+    """That of everybody's matrix products, llama.cpp's excepted: bfloat16 where this machine multiplies it."""
+    import torch
+
+    from parrot.device import multiplies_bfloat16, pick_device
+    return torch.bfloat16 if multiplies_bfloat16(pick_device("auto")) else torch.float32
+
+
 def the_examples(data, steps):
     """The examples of the first steps -> [(tokens, supervised)], and the model folder."""
     from parrot import hub
@@ -67,7 +75,8 @@ def train_trl(data, steps, **settings):
         def on_step_end(self, *_, **__):
             times.append(time.perf_counter())
     with tempfile.TemporaryDirectory() as out:
-        config = SFTConfig(out, per_device_train_batch_size=4, gradient_accumulation_steps=16, max_steps=steps, bf16=True,
+        config = SFTConfig(out, per_device_train_batch_size=4, gradient_accumulation_steps=16, max_steps=steps,
+                           bf16=the_dtype() == torch.bfloat16,
                            use_cpu=not torch.cuda.is_available(), max_length=2048, completion_only_loss=True,
                            report_to=[], save_strategy="no", disable_tqdm=True, **settings)
         SFTTrainer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config,
@@ -79,12 +88,10 @@ def train_trl(data, steps, **settings):
 
 def write_ours(tokens, samples=1):
     """Tokens a second of our replies, the prompt's reading included."""
-    import torch
-
     from parrot.device import pick_device
     from parrot.sampling import generate
     from parrot.speaker import Speaker
-    speaker = Speaker.load("instruct-q4", torch.bfloat16, pick_device("auto"))
+    speaker = Speaker.load("instruct-q4", the_dtype(), pick_device("auto"))
     prompt, started = speaker.prompt([{"role": "user", "content": PROMPT}]), time.perf_counter()
     how = {"temperature": 0 if samples == 1 else 0.7, "top_p": 0.9, "samples_each": samples}
     written = sum(1 for _ in generate(speaker.model, [prompt], set(), max_new_tokens=tokens, **how))
@@ -99,7 +106,7 @@ def write_transformers(tokens):
     from parrot import hub
     folder = hub.find_weights("instruct-q4").path
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=the_dtype()).to(device), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
                                            return_tensors="pt", return_dict=True).to(device)
     started = time.perf_counter()
@@ -151,7 +158,7 @@ def first_word(script):
 TRANSFORMERS_SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16), AutoTokenizer.from_pretrained(sys.argv[1])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[3])), AutoTokenizer.from_pretrained(sys.argv[1])
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": sys.argv[2]}], add_generation_prompt=True,
                                        return_tensors="pt", return_dict=True)
 model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=True, streamer=TextStreamer(tokenizer, skip_prompt=True))
@@ -167,7 +174,7 @@ def child(side, data, steps, tokens):
         return first_word([str(ROOT / "sample.py"), "--model", "instruct-q4", "--prompt", PROMPT, "--max-new-tokens", "8"])
     if side.startswith("a script"):
         from parrot import hub
-        return first_word(["-c", TRANSFORMERS_SCRIPT, str(hub.find_weights("instruct-q4").path), PROMPT])
+        return first_word(["-c", TRANSFORMERS_SCRIPT, str(hub.find_weights("instruct-q4").path), PROMPT, str(the_dtype())[6:]])
     return {"ours, compiled": lambda: train_ours(data, steps, "on"),
             "ours, not compiled": lambda: train_ours(data, steps, "off"),
             "TRL": lambda: train_trl(data, steps),
@@ -216,7 +223,7 @@ def main():
         print(json.dumps({"figure": figure, "memory": memory}))
         return
     import torch
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {the_dtype()}, "
           f"data {args.data}, {args.rounds} rounds")
     for what, sides in TABLE.items():
         if args.only not in what:
