@@ -45,7 +45,7 @@ def render(about, evaluation):
         f"- AdamW, betas {config['beta1']} and {config['beta2']}, weight decay {config['weight_decay']} on matrices; "
         f"learning rate up to {config['learning_rate']:g}, warmup {config['warmup_ratio']:.0%}, "
         f"cosine to {config['min_learning_rate']:g}; "
-        f"gradients clipped at {config['grad_clip']:g}; {config['dtype']} over float32 weights; seed {config['seed']}.",
+        f"gradients clipped at {config['grad_clip']:g}; matrix products in {config['dtype']}, weights in float32; seed {config['seed']}.",
         "- `run.json` has all settings, versions and hashes, `metrics.jsonl` every step.", "",
         "## Evaluation", "", loss, "", *markdown_table(evaluation.get("table", [])),
         "## Limits", "",

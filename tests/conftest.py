@@ -1,6 +1,7 @@
 """What the tests share: the real 4-bit weights, tiny random models, tiny data."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)  # a slow machine is no fault
 settings.load_profile("no deadline")
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with -n 2, programs share the cores: none shall wait in a loop
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -27,6 +27,7 @@ import train
 from parrot import checkpoint, compiling, weights
 from parrot.config import TrainConfig
 from parrot.console import run_program
+from parrot.device import multiplies_bfloat16
 from parrot.hub import QUICKSTART_DATA
 
 FORK = multiprocessing.get_context("forkserver")
@@ -129,6 +130,8 @@ def settings(tiny_folder, tmp_path, records_file):
 @pytest.fixture(params=["float32", "bfloat16"])
 def config(request, settings):
     """The same in both types of the matrix products."""
+    if request.param == "bfloat16" and not multiplies_bfloat16(torch.device("cpu")):
+        pytest.skip("would be float32 once more on this CPU")
     return functools.partial(settings, dtype=request.param)
 
 
