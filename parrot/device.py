@@ -24,7 +24,8 @@ def tokens_a_forward(model, dtype):
 def pick(config):
     """--device and --dtype of these settings -> torch.device, torch.dtype; the settings then say what they became.
 
-    float32 where bfloat16 has no units of its own. UserError where the device is not there.
+    float32 where the device has no bfloat16 units: run.json and caches shall tell what was computed, and
+    --resume find it again. UserError where the device is not there.
     """
     device = pick_device(config.device)
     if config.dtype == "bfloat16" and not multiplies_bfloat16(device):
@@ -34,7 +35,7 @@ def pick(config):
 
 
 def multiplies_bfloat16(device):
-    """Whether the hardware does; a CPU that does not takes 400 times as long as for float32."""
+    """Whether the device has units for it. On a CPU without, a product takes 400 times as long as in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

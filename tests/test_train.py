@@ -84,6 +84,18 @@ def test_the_best_by_held_out_loss_stays(config, monkeypatch):
     assert held_out_loss(model, held_out, 4096, torch.float32, Processes()) == pytest.approx(best[0], rel=1e-6)
 
 
+def test_without_bfloat16_units_all_is_float32(config, monkeypatch):
+    """What is computed, what is saved, and what is told of it."""
+    monkeypatch.setattr("parrot.device.multiplies_bfloat16", lambda _: False)
+    c = config(dtype="bfloat16", max_steps=2)
+    train.train(c)
+    assert {tensor.dtype for tensor in load_file(os.path.join(c.out, "model.safetensors")).values()} == {torch.float32}
+    assert json.load(open(os.path.join(c.out, "run.json")))["config"]["dtype"] == "float32"
+    exact = config(dtype="float32", max_steps=2, out=c.out + "-exact")
+    train.train(exact)
+    assert open(os.path.join(c.out, "model.safetensors"), "rb").read() == open(os.path.join(exact.out, "model.safetensors"), "rb").read()
+
+
 def test_what_the_run_folder_says(config, capsys):
     c = config(dtype="bfloat16")
     train.train(c)
