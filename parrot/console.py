@@ -11,6 +11,10 @@ import textwrap
 from itertools import zip_longest
 
 
+# torch's own errors have no class of their own on a CPU; the last two are oneDNN's and the C++ library's words.
+OUT_OF_MEMORY = "out of memory", "can't allocate memory", "could not create a primitive", "std::bad_alloc"
+
+
 class UserError(Exception):
     """Something the user can mend; its text is the whole message."""
 
@@ -38,9 +42,8 @@ def run_program(main):
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
-    except (RuntimeError, MemoryError) as error:  # torch's own errors have no class of their own on a CPU
-        told = any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-        if not isinstance(error, MemoryError) and not told:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
               "--max-new-tokens in sampling", file=sys.stderr)

@@ -8,6 +8,8 @@ CASES = [(UserError("no such \x1b[2Jfile"), 1, "error: no such \\x1b[2Jfile\n"),
          (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device\n"),
          (MemoryError(), 1, "error: out of memory: lower --micro-batch-tokens"),
          (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of memory"),
+         (RuntimeError("could not create a primitive"), 1, "error: out of memory"),
+         (RuntimeError("std::bad_alloc"), 1, "error: out of memory"),
          (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "error: out of memory"),
          (Interrupted("stopped after step 3", 143), 143, "stopped after step 3\n"),
          (KeyboardInterrupt(), 130, "interrupted\n")]
