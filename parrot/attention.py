@@ -11,18 +11,11 @@ Shapes: N tokens, H query heads, K key/value heads (H is a multiple of K), D hea
 B sequences, T cached positions.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
-from parrot import varlen
+from parrot import tiles, varlen
 from parrot.device import send
-
-# On a CPU, SDPA's backward is slow in bfloat16. Up to this length plain matrix products take
-# less time (220 tokens: 2.0 ms instead of 5.3, 440: 6.6 instead of 14; 1,800: 167 instead of
-# 116), and bearable memory: they keep n x n weights for the backward.
-SHORT_DOCUMENT = 512
 
 
 class Ribbon:
@@ -36,40 +29,17 @@ class Ribbon:
         self.lengths = lengths
         self.positions = send(torch.cat([torch.arange(n) for n in lengths]), device)  # (N,)
         self.seams = send(varlen.seams(lengths), device) if varlen.works_on(device) else None
+        self.tiles = tiles.Tiles(lengths) if torch.device(device).type == "cpu" and max(lengths) <= tiles.LONGEST else None
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam."""
         if self.seams is not None and varlen.takes(q):
             return varlen.attend(q, k, v, self.seams, max(self.lengths))
-        documents = zip(*(x.split(self.lengths) for x in (q, k, v)))  # each (n, heads, D)
-        return torch.cat([_attend_document(*document) for document in documents])  # (N, H, D)
-
-
-def _attend_document(q, k, v):
-    """One document: q (n, H, D), k and v (n, K, D) -> (n, H, D)."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, n, D)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= SHORT_DOCUMENT:
-        y = _by_the_formula(q, k, v)
-    else:
-        y = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-    return y.transpose(0, 1)
-
-
-def _by_the_formula(q, k, v):
-    """softmax(q k^T / sqrt(D)) v; the heads that share keys are one taller matrix."""
-    (H, n, D), K = q.shape, len(k)
-    scores = (q * D ** -0.5).reshape(K, H // K * n, D) @ k.transpose(1, 2)  # (K, H / K * n, n)
-    scores = scores.view(K, H // K, n, n) + _no_future(SHORT_DOCUMENT, q.dtype)[:n, :n]
-    with torch.autocast("cpu", enabled=False):  # which would make a float32 copy to keep
-        weights = scores.softmax(-1).view(K, H // K * n, n)
-    return (weights @ v).view(H, n, D)
-
-
-@functools.cache
-def _no_future(n, dtype):
-    """(n, n): 0 where a token may look, minus infinity where what it would see comes later."""
-    with torch.inference_mode(False):  # sampling may ask first, but training uses it too
-        return torch.full((n, n), float("-inf"), dtype=dtype).triu(1)
+        if self.tiles is not None:
+            return self.tiles.attend(q, k, v)
+        documents = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)))  # each (heads, n, D)
+        return torch.cat([F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+                          for q, k, v in documents], dim=1).transpose(0, 1)  # (N, H, D)
 
 
 class KVCache:

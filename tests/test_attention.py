@@ -6,7 +6,8 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot.attention import SHORT_DOCUMENT, KVCache, Ribbon
+from parrot import tiles
+from parrot.attention import KVCache, Ribbon
 
 
 def by_the_formula(q, k, v, lengths):
@@ -23,10 +24,12 @@ def by_the_formula(q, k, v, lengths):
     return out
 
 
-@pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 7], [SHORT_DOCUMENT - 1, SHORT_DOCUMENT + 1]])
+@pytest.mark.parametrize("longest", [0, tiles.LONGEST])  # torch's own attention, and tiles
+@pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 7], [tiles.TILE - 1, tiles.TILE + 1]])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance):
+def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance, longest, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(tiles, "LONGEST", longest)
     q, k, v = (torch.randn(sum(lengths), heads, 16, dtype=dtype) for heads in (6, 2, 2))
     y = Ribbon(lengths).attend(0, q, k, v)
     assert y.dtype == dtype

