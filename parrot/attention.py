@@ -98,18 +98,14 @@ class _Step:
         first, last = (0, cache.keys.shape[3] - 1) if cache.static else positions.aminmax()
         self.longest = int(last) + 1
         if first == last:  # replies to one prompt: all stand at one place, and nothing lies beyond it
-            self.here, self.future = (slice(None), slice(None), int(last)), None
+            self.here, self.visible = (slice(None), slice(None), int(last)), None
         else:
             rows, places = (torch.arange(n, device=positions.device) for n in (len(positions), self.longest))
             self.here = (rows, slice(None), positions)
-            self.future = (places > positions[:, None])[:, None, None]  # (B, 1, 1, T)
+            self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
         keys, values = (x[:, :, :self.longest] for x in self.cache.write(layer, self.here, k, v))  # (B, K, T, D)
-        (B, H, D), K = q.shape, k.shape[1]
-        # By the formula: with 16 sequences of 300 tokens SDPA takes 2.6 ms on a CPU, this 0.35.
-        scores = (q.to(keys.dtype) * D ** -0.5).view(B, K, H // K, D) @ keys.transpose(2, 3)  # (B, K, H / K, T)
-        if self.future is not None:
-            scores = scores.masked_fill(self.future, float("-inf"))
-        return (scores.softmax(-1) @ values).view(B, H, D).to(q.dtype)
+        q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D): as if H / K tokens asked
+        return F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible).flatten(1, 2).to(q.dtype)

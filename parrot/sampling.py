@@ -61,7 +61,7 @@ def penalize(logits, written, penalty):
 def choose(logits, temperature, top_p, generator=None):
     """logits (B, V) -> the next token of every sequence (B,). Temperature 0: the likeliest."""
     if temperature < 1e-6:  # would divide by nothing
-        return logits.argmax(-1)
+        return logits.float().argmax(-1)  # in bfloat16 it takes 160 us instead of 45
     probabilities, tokens = nucleus(logits, temperature, top_p)
     return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 

@@ -115,16 +115,23 @@ def write_transformers(tokens):
 
 
 def write_llama_cpp(tokens):
-    """The same with llama.cpp and BF16 weights, by its own clock."""
+    """The same with llama.cpp and BF16 weights, by its own clock, which starts when it starts to read the prompt."""
     import xllamacpp
+
+    from parrot import hub
+    from parrot.chat import default_system, encode_prompt
+    from parrot.tokenizer import Tokenizer
+    tokenizer = Tokenizer(hub.find_weights("instruct-q4").path)
+    prompt = encode_prompt([{"role": "user", "content": PROMPT}], tokenizer, default_system(tokenizer.chat_template))
     with tempfile.TemporaryDirectory() as folder:
         params = xllamacpp.CommonParams()
         params.model.path = str(bf16_gguf(Path(folder)))
         params.n_ctx, params.cpuparams.n_threads, params.sampling.temp = 1024, os.cpu_count(), 0
         answer = xllamacpp.Server(params).handle_completions({
-            "prompt": PROMPT, "n_predict": tokens, "temperature": 0, "ignore_eos": True})
-    assert answer["timings"]["predicted_n"] == tokens, answer
-    return answer["timings"]["predicted_per_second"]
+            "prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True})
+    timings = answer["timings"]
+    assert (timings["prompt_n"], timings["predicted_n"]) == (len(prompt), tokens), answer
+    return tokens / (timings["prompt_ms"] + timings["predicted_ms"]) * 1000
 
 
 def bf16_gguf(folder):
