@@ -167,18 +167,20 @@ class Batch:
 
 
 def steps_an_epoch(examples, batch_size):
-    """The last step of an epoch may be smaller: every example is seen exactly once."""
+    """So many that none has more than `batch_size` examples."""
     return -(-len(examples) // batch_size)
 
 
 def examples_of_step(step, examples, batch_size, seed):
-    """The indices of optimizer step `step` (from 0), shuffled anew each epoch.
+    """The indices of optimizer step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    A pure function, so a resumed run sees exactly what the uninterrupted one would have.
+    A pure function, so a resumed run sees exactly what the uninterrupted one would have. Steps differ
+    by one example at most: a last one of what is left, three perhaps, would move the weights as far.
     """
-    epoch, place = divmod(step, steps_an_epoch(examples, batch_size))
+    steps = steps_an_epoch(examples, batch_size)
+    epoch, place = divmod(step, steps)
     order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-    return order[place * batch_size:(place + 1) * batch_size]
+    return np.array_split(order, steps)[place]
 
 
 def micro_batches(indices, lengths, max_examples, max_tokens):

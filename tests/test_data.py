@@ -132,12 +132,13 @@ def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
 def test_every_epoch_sees_every_example_once_in_a_new_order(records_file, tiny_tokenizer):
     train, _, _ = load_examples(records_file(some_records(50)), tiny_tokenizer, 1000, 0.0)
     assert steps_an_epoch(train, 16) == 4
+    assert [len(examples_of_step(step, train, 16, seed=0)) for step in range(8)] == [13, 13, 12, 12] * 2
     epochs = [np.concatenate([examples_of_step(4 * epoch + i, train, 16, seed=0) for i in range(4)]).tolist()
               for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert examples_of_step(5, train, 16, seed=0).tolist() == epochs[1][16:32]
-    assert examples_of_step(5, train, 16, seed=1).tolist() != epochs[1][16:32]
+    assert examples_of_step(5, train, 16, seed=0).tolist() == epochs[1][13:26]
+    assert examples_of_step(5, train, 16, seed=1).tolist() != epochs[1][13:26]
 
 
 def test_a_ribbon_written_out(records_file, tiny_tokenizer):

@@ -10,6 +10,7 @@ write one greedy reply of as many tokens (llama.cpp by its own clock). Leave the
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -202,12 +203,13 @@ TABLE = {  # what is measured: the sides; all are held against the first
 
 
 def measure(side, args):
-    """One side in a process of its own -> (its figure, the peak memory of the largest process in byte)."""
+    """One side in a process of its own -> (its figure, the peak memory of the largest process in byte); NaN where it fails."""
     command = [sys.executable, __file__, "--child", side, "--data", args.data, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if not args.verbose else None, text=True)
     output, errors = process.communicate()
     if process.returncode:
-        sys.exit(f"{side} failed:\n{errors}")
+        print(f"{side} failed with status {process.returncode}:\n{errors}", file=sys.stderr)
+        return math.nan, math.nan
     found = json.loads(output.splitlines()[-1])
     return found["figure"], found["memory"]
 
