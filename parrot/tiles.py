@@ -54,12 +54,12 @@ class Tiles:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, places, masks):
-        y, all_weights = torch.empty_like(q), []
-        q, k, v, result = (by_key_head(x, k.shape[1]) for x in (q * q.shape[2] ** -0.5, k, v, y))
-        q, k, v = (x.contiguous() for x in (q, k, v))  # once here instead of once a tile
+        y, K, all_weights = torch.empty_like(q), k.shape[1], []
+        result = by_key_head(y, K)  # the same memory
+        q, k, v = (by_key_head(x, K).contiguous() for x in (q * q.shape[2] ** -0.5, k, v))  # once, not once a tile
         for (key, query, end), mask in zip(places, masks):
             scores = rows(q, query, end) @ rows(k, key, end).transpose(1, 2)  # (K, n G, m)
-            scores.view(len(k), *mask.shape[:1], -1, mask.shape[2]).add_(mask)
+            scores.view(K, len(mask), -1, mask.shape[2]).add_(mask)
             weights = scores.softmax(-1)
             result[:, query:end] = (weights @ rows(v, key, end)).view_as(result[:, query:end])
             all_weights.append(weights)
