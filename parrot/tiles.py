@@ -52,6 +52,8 @@ class Tiles:
 
 
 class _Attention(torch.autograd.Function):
+    """y = weights v with weights = softmax(q k^T / sqrt(D) + mask), a tile at a time; then the same backwards."""
+
     @staticmethod
     def forward(ctx, q, k, v, places, masks):
         y, K, all_weights = torch.empty_like(q), k.shape[1], []
