@@ -46,7 +46,7 @@ class TrainConfig:
     epochs: int = option(3, "times that every example is seen", at_least=1)
     max_steps: int | None = option(None, "stop after so many optimizer steps (and plan the "
                                    "learning rate for them)", at_least=1)
-    batch_size: int = option(64, "examples in one optimizer step", at_least=1)
+    batch_size: int = option(64, "examples in one optimizer step, at most", at_least=1)
     micro_batch_size: int | None = option(None, "examples in one forward; default: as many as "
                                           "fit --micro-batch-tokens", at_least=1, may_change=True)
     micro_batch_tokens: int | None = option(None, "token budget of one forward; default: 1536 on a "
@@ -140,7 +140,7 @@ class BenchmarkConfig:
     weights: str = option("instruct-q4", WEIGHTS)
     data: str = option("quickstart", "what to train on: what train.py's --data takes")
     steps: int = option(3, "optimizer steps that are timed", at_least=1)
-    batch_size: int = option(64, "examples in one optimizer step", at_least=1)
+    batch_size: int = option(64, "examples in one optimizer step, at most", at_least=1)
     micro_batch_tokens: int | None = option(None, "token budget of one forward", at_least=1)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
     compile: str = option("off", "whether training runs compiled code", choices=("on", "off"))

@@ -45,8 +45,9 @@ def run_program(main):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        print("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
-              "--max-new-tokens in sampling", file=sys.stderr)
+        reason = "".join(f" ({line[:100]})" for line in str(error).splitlines()[:1])  # oneDNN's words may mean another
+        print(printable("error: out of memory: lower --micro-batch-tokens in training, --num-samples or "
+                        f"--max-new-tokens in sampling{reason}"), file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # whoever read our words has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

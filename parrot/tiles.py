@@ -56,6 +56,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, places, masks):
+        """Tiles.attend; of each tile its weights are kept."""
         y, K, all_weights = torch.empty_like(q), k.shape[1], []
         result = by_key_head(y, K)  # the same memory
         q, k, v = (by_key_head(x, K).contiguous() for x in (q * q.shape[2] ** -0.5, k, v))  # once, not once a tile
@@ -71,6 +72,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        """grad_y (N, H, D) -> those of q, k and v: products with the weights, and softmax's own backward."""
         q, k, v, *all_weights = ctx.saved_tensors
         grad_y = by_key_head(grad_y, len(k)).contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -30,7 +30,7 @@ def test_every_query_is_in_one_tile_with_all_that_it_may_see(lengths):
 
 
 def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1)).item()  # of one token alone, q and k have none
 
 
 @pytest.mark.parametrize("lengths", [[1], [2 * tiles.TILE], SHORT, LONG])
@@ -47,8 +47,7 @@ def test_the_result_and_its_gradients_are_those_of_the_formula(lengths, dtype, t
     y.backward(grad)
     assert y.dtype == dtype and relative(y, expected) < tolerance
     for x, of_formula in zip(inputs, exact):
-        assert x.grad.dtype == dtype
-        assert lengths == [1] or relative(x.grad, of_formula.grad) < tolerance  # one token alone: no gradient but v's
+        assert x.grad.dtype == dtype and relative(x.grad, of_formula.grad) < tolerance
 
 
 def test_a_document_too_long_to_keep_its_weights_goes_another_way(monkeypatch):

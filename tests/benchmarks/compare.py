@@ -203,13 +203,13 @@ TABLE = {  # what is measured: the sides; all are held against the first
 
 
 def measure(side, args):
-    """One side in a process of its own -> (its figure, the peak memory of the largest process in byte); NaN where it fails."""
+    """One side in a process of its own -> (its figure, the peak memory of the largest process in byte), None where it fails."""
     command = [sys.executable, __file__, "--child", side, "--data", args.data, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if not args.verbose else None, text=True)
     output, errors = process.communicate()
     if process.returncode:
         print(f"{side} failed with status {process.returncode}:\n{errors}", file=sys.stderr)
-        return math.nan, math.nan
+        return None
     found = json.loads(output.splitlines()[-1])
     return found["figure"], found["memory"]
 
@@ -234,21 +234,27 @@ def main():
     import torch
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {the_dtype()}, "
           f"data {args.data}, {args.rounds} rounds")
+    failed = []
     for what, sides in TABLE.items():
         if args.only not in what:
             continue
-        found = {side: [] for side in sides}
+        found = {side: [] for side in sides}  # a side that fails is told in the end: what others gave is not lost
         for _ in range(args.rounds):
             for side in sides:
                 print(f"{what}: {side} ...", file=sys.stderr, flush=True)
-                found[side].append(measure(side, args))
-        first = statistics.median(figure for figure, _ in found[sides[0]])
+                if result := measure(side, args):
+                    found[side].append(result)
+        failed += [side for side in sides if len(found[side]) < args.rounds]
+        first = statistics.median([figure for figure, _ in found[sides[0]]] or [math.nan])
         print(f"\n{what:36}{'median':>9}{'lowest':>9}{'highest':>9}{'first / this':>14}{'memory, GB':>12}", flush=True)
         for side, results in found.items():
+            results = results or [(math.nan, math.nan)]
             figures = [figure for figure, _ in results]
             middle = statistics.median(figures)
             print(f"  {side:34}{middle:9.4g}{min(figures):9.4g}{max(figures):9.4g}{first / middle:14.2f}"
                   f"{statistics.median(memory for _, memory in results) / 1e9:12.2f}", flush=True)
+    if failed:
+        sys.exit(f"failed, for the reasons above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
