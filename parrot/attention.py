@@ -50,6 +50,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
+        self.model_dtype = dtype
         if torch.device(device).type == "cpu":
             dtype = torch.float32  # its small products are twice as fast as those of bfloat16
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
@@ -60,10 +61,9 @@ class KVCache:
         self.static = self.keys.device.type == "cuda"
 
     def write(self, layer, here, k, v):
-        """Keep k and v (N, K, D) at `here`, an index of (B, K, T); returns the whole layer's (B, K, T, D)."""
+        """Keep k and v (N, K, D) at `here`, an index of (B, K, T)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[here], values[here] = k.to(keys.dtype), v.to(values.dtype)
-        return keys, values
 
     def prefill(self, lengths):
         """The ribbon of the B prompts, which writes into this cache as it attends."""
@@ -89,7 +89,7 @@ class _Prefill(Ribbon):
 
     def attend(self, layer, q, k, v):
         self.cache.write(layer, self.here, k, v)
-        return super().attend(layer, q, k, v)
+        return super().attend(layer, *(x.to(self.cache.model_dtype) for x in (q, k, v)))
 
 
 class _Step:
@@ -103,9 +103,11 @@ class _Step:
             rows, places = (torch.arange(n, device=positions.device) for n in (len(positions), self.longest))
             self.here = (rows, slice(None), positions)
             self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
+        self.past = [x[:, :, :, :self.longest].unbind() for x in (cache.keys, cache.values)]  # at once: 30 slices take longer
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
-        keys, values = (x[:, :, :self.longest] for x in self.cache.write(layer, self.here, k, v))  # (B, K, T, D)
+        self.cache.write(layer, self.here, k, v)
+        keys, values = self.past[0][layer], self.past[1][layer]  # (B, K, T, D)
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D): as if H / K tokens asked
         return F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible).flatten(1, 2).to(q.dtype)
