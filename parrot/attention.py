@@ -50,7 +50,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
-        self.model_dtype = dtype
+        self.model_dtype = dtype  # prompts are read in it
         if torch.device(device).type == "cpu":
             dtype = torch.float32  # its small products are twice as fast as those of bfloat16
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
