@@ -80,7 +80,6 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     lengths = [len(prompt) for prompt in prompts]
     room = check_room(lengths, model.config, max_new_tokens)
     cache = KVCache(model.config, len(prompts), max(lengths) + room, model.dtype, device)
-    stop = torch.tensor(sorted(stop), device=device)
 
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
     hidden_states = model(tokens, cache.prefill(lengths))  # (N, C)
@@ -90,20 +89,20 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     next_logits = CapturedStep(model, cache) if cache.static else functools.partial(logits_after, model, cache)
     logits = model.logits(hidden_states[last][each])  # (B, V)
     written = torch.empty(len(each), room, dtype=torch.long, device=device)
-    going_on, places = torch.ones_like(each, dtype=torch.bool), list(range(len(each)))
+    places = going_on = list(range(len(each)))
     for count in range(room):
         if repetition_penalty != 1:
             logits = penalize(logits, written[:, :count], repetition_penalty)
         written[:, count] = tokens = choose(logits, temperature, top_p, generator)  # (B,)
-        going_on &= ~torch.isin(tokens, stop)
-        said = {place: token for place, token in zip(places, tokens.masked_fill(~going_on, -1).tolist()) if token >= 0}
+        said = {place: token for place, token in zip(places, tokens.tolist()) if place in going_on and token not in stop}
         if not said:
             return
+        going_on = said
         yield [said.get(place) for place in range(len(each))]
         if not cache.static and len(said) * 2 <= len(places):  # half have ended: go on without them
-            rows = going_on.nonzero()[:, 0]
+            rows = [row for row, place in enumerate(places) if place in said]
             cache.select(rows)
-            tokens, written, going_on, places = tokens[rows], written[rows], going_on[rows], list(said)
+            tokens, written, places = tokens[rows], written[rows], list(said)
         if count < room - 1:
             logits = next_logits(tokens)
 
