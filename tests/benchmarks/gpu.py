@@ -111,7 +111,7 @@ def main():
         sys.exit(not all(good))
     subprocess.run([sys.executable, "-m", "parrot.benchmark", "--weights", str(args.weights), "--data", args.data, "--steps", "10",
                     "--compile", "on"], cwd=ROOT)
-    for rate in ("3e-4", "1e-4", "1e-3"):  # three epochs each, which also chooses the learning rate
+    for rate in ("5e-5", "1e-4", "3e-4"):  # three epochs each, which also chooses the learning rate
         train(args, "--compile", "on", "--learning-rate", rate)
     train(args, "--compile", "on", "--weight-decay", "0.1")
     if importlib.util.find_spec("trl"):
