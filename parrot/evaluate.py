@@ -42,14 +42,14 @@ QUESTIONS = Path(__file__).with_name("questions.jsonl")  # the first three are s
 
 # ---- measures of text, each a pure function
 
-def repetition(tokens, n=4):
-    """(n-grams that stood in the reply before, all its n-grams).
+def share_repeated(replies, n=4):
+    """Of all n-grams of the replies' tokens, the share that stood before in the same reply.
 
-    >>> repetition([1, 2, 3, 1, 2, 3, 1, 2, 3])
-    (3, 6)
+    >>> share_repeated([[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3, 4, 5, 6]])
+    0.25
     """
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return len(grams) - len(set(grams)), len(grams)
+    grams = [[tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)] for tokens in replies]
+    return sum(len(each) - len(set(each)) for each in grams) / max(sum(map(len, grams)), 1)
 
 
 def rouge_l(reply, reference):
@@ -171,17 +171,16 @@ def reply_table(speaker, conversations, config):
         if len(prompt) + config.max_new_tokens <= speaker.model.config.max_position_embeddings:
             prompts.append(prompt)
             references.append(text_of(conversation.messages[until]))
-    table = {}
+    as_tokens = [speaker.tokenizer.encode(reference) for reference in references]
+    table = {"references": {"repeated": share_repeated(as_tokens)}} if prompts else {}  # people repeat themselves, too
     for name, temperature in (("greedy", 0), ("sampled", config.temperature)) if prompts else ():
         generator = torch.Generator(speaker.model.device).manual_seed(config.seed)
         written = write_all(speaker, prompts, config, name, max_new_tokens=config.max_new_tokens,
                             temperature=temperature, top_p=config.top_p, generator=generator)
-        repeated = np.array([repetition(tokens) for tokens, _ in written]).sum(0)
         table[name] = {
             "prompts": len(written), "ended": sum(ended for _, ended in written) / len(written),
-            "length": sum(len(tokens) for tokens, _ in written)
-            / sum(len(speaker.tokenizer.encode(reference)) for reference in references),
-            "repeated": float(repeated[0] / max(repeated[1], 1)),
+            "length": sum(len(tokens) for tokens, _ in written) / sum(map(len, as_tokens)),
+            "repeated": share_repeated([tokens for tokens, _ in written]),
             "rouge_l": float(np.mean([rouge_l(speaker.tokenizer.decode(tokens), reference)
                                       for (tokens, _), reference in zip(written, references)]))}
     return table
@@ -206,7 +205,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
              if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
-    key = json.dumps([2, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
+    key = json.dumps([3, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
     path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return {"model": name, **read_json(path)}
@@ -235,11 +234,11 @@ def rows_of(results):
             ["repetition penalty of all replies", *(f"{each['penalty']:g}" for each in results)]]
     for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
         rows.append([f"held-out loss, {name}", *(with_error(*each["loss"].get(name, (None, None))[:2]) for each in results)])
-    for how in ("greedy", "sampled"):
+    for how, whose in (("greedy", "greedy replies"), ("sampled", "sampled replies"), ("references", "references")):
         for key, title, form in (("ended", "ended by themselves", "{:.1%}"), ("length", "length / reference", "{:.2f}"),
                                  ("repeated", "repeated 4-grams", "{:.1%}"), ("rouge_l", "ROUGE-L", "{:.3f}")):
-            if all(how in each["replies"] for each in results):
-                rows.append([f"{how} replies, {title}", *(form.format(each["replies"][how][key]) for each in results)])
+            if all(key in each["replies"].get(how, {}) for each in results):
+                rows.append([f"{whose}, {title}", *(form.format(each["replies"][how][key]) for each in results)])
     rows.append(["facts", *("{right} of {of}".format(**each["facts"]) for each in results)])
     return rows
 

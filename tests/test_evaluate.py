@@ -21,10 +21,11 @@ from parrot.speaker import Speaker
 from parrot.training import accumulate_gradients
 
 
-@pytest.mark.parametrize("tokens, expected", [
-    ([1, 2, 3], (0, 0)), ([1, 2, 3, 4], (0, 1)), ([7] * 10, (6, 7)), ([1, 2, 3, 4, 5, 1, 2, 3, 4], (1, 6))])
-def test_repetition(tokens, expected):
-    assert evaluate.repetition(tokens) == expected
+@pytest.mark.parametrize("replies, expected", [
+    ([[]], 0), ([[1, 2, 3]], 0), ([[1, 2, 3, 4]], 0), ([[7] * 10], 6 / 7), ([[1, 2, 3, 4, 5, 1, 2, 3, 4]], 1 / 6),
+    ([[1, 2, 3, 4], [1, 2, 3, 4]], 0), ([[7] * 10, [1, 2], [1, 2, 3, 4, 5, 1, 2, 3, 4]], 7 / 13)])
+def test_repetition(replies, expected):
+    assert evaluate.share_repeated(replies) == expected
 
 
 @pytest.mark.parametrize("reply, reference, expected", [
@@ -108,6 +109,13 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
         assert greedy["length"] == 1 and greedy["rouge_l"] == 1 and greedy["repeated"] == 0
 
 
+def test_the_references_show_how_much_people_repeat_themselves(config, tiny_folder):
+    speaker = Speaker.load(str(tiny_folder), torch.float32, "cpu")
+    conversation = Conversation([{"role": "user", "content": "Count"}, {"role": "assistant", "content": "01230123"}], "here")
+    assert len(speaker.tokenizer.encode("01230123")) == 8  # digits one by one: 1 of 5 4-grams stood before
+    assert evaluate.reply_table(speaker, [conversation] * 2, config)["references"] == {"repeated": 0.2}
+
+
 def test_questions_have_answers():
     questions = [json.loads(line) for line in evaluate.QUESTIONS.read_text(encoding="utf-8").splitlines()]
     assert len(questions) >= 100 and len({each["question"] for each in questions}) == len(questions)
@@ -139,6 +147,7 @@ def test_models_side_by_side_and_from_the_cache_the_second_time(run, tiny_folder
     status, table, _ = run(tiny_folder, other)
     assert status == 0 and table.splitlines()[0].split() == [str(tiny_folder), str(other)]
     assert "held-out loss, open_qa" in table and "Who was the first woman" in table and "of 118" in table
+    assert "references, repeated 4-grams" in table
     monkeypatch.setattr(weights, "load", None)  # a second call loads nothing
     assert run(tiny_folder, other)[1] == table
     results = json.loads(run(tiny_folder, other, "--json")[1])
