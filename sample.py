@@ -50,7 +50,7 @@ def newest_run():
 def load_speaker(name, config):
     """Load the model `name` in the format that was asked for."""
     device, dtype = pick(config)
-    one_reply = config.prompt is not None and config.num_samples == 1  # is done sooner without
+    one_reply = config.prompt is not None and config.num_samples == 1  # is written sooner than the weights are packed
     return Speaker.load(name, dtype, device, config.format, pack=not one_reply)
 
 

@@ -62,7 +62,7 @@ def train(config):
         run.folder.show(before=before, example=pieces_of_view(*run.train_set[0], run.tokenizer))
 
     bar = tqdm(total=run.total_steps, initial=progress.step, unit="step", desc="training", disable=processes.rank > 0)
-    upcoming = None
+    upcoming = ribbons(run, progress.step)
     with StopSignal() as stop, bar:
         while True:
             # Now and then, and at the end: how well does it do on what it has not seen?
@@ -71,13 +71,13 @@ def train(config):
             if status := processes.largest(stop.status):
                 run.folder.save(model, optimizer, progress)
                 raise Interrupted(f"stopped after step {progress.step} of {run.total_steps}; to go on: "
-                                  f"{command_to_resume()}", status)
+                                  f"{command_to_resume(processes)}", status)
             if progress.step == run.total_steps:
                 break
 
             # One step: some examples, as ribbons; their gradient; one move of the weights.
             started = time.perf_counter()
-            indices, batches = upcoming or ribbons(run, progress.step)
+            indices, batches = upcoming
             supervised = sum(len(batch.targets) for batch in batches)  # of the whole step
             loss = accumulate_gradients(model, processes.share(batches), supervised, run.dtype)
             upcoming = ribbons(run, progress.step + 1)  # while a GPU is still at this step's
@@ -185,8 +185,8 @@ def finish(run):
         say("after training:", *portrait.lines(after))
     peak = peak_memory(run.model.device)
     folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss, seconds=progress.seconds, peak_memory=peak)
-    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s"
-    told += f"{f', {peak / 1e9:.1f} GB at most' if peak else ''}. The model is in {folder.path}"
+    memory = f", {peak / 1e9:.1f} GB at most" if peak else ""
+    told = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s{memory}. The model is in {folder.path}"
     if progress.best_loss is not None:
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         if progress.best_loss >= progress.first_loss:
@@ -205,11 +205,10 @@ def diverged(run, what):
                      "anew with a lower --learning-rate and another --out.")
 
 
-def command_to_resume():
+def command_to_resume(processes):
     """The command line of this run, with --resume."""
-    arguments = [a for a in sys.argv if a != "--resume"]
-    start = ["python"] if Processes().size == 1 else ["torchrun", f"--nproc_per_node={Processes().size}"]
-    return shlex.join([*start, *arguments, "--resume"])
+    start = ["python"] if processes.size == 1 else ["torchrun", f"--nproc_per_node={processes.size}"]
+    return shlex.join([*start, *(each for each in sys.argv if each != "--resume"), "--resume"])
 
 
 if __name__ == "__main__":

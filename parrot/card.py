@@ -4,12 +4,12 @@ from pathlib import Path
 
 from parrot.config import REPETITION_PENALTY
 from parrot.files import read_json, replace_file
+from parrot.hub import HUB_MODELS
 
-LICENCES = {  # of the data sets that we know: (Hub id, licence's id, its name)
-    "dolly": ("databricks/databricks-dolly-15k", "cc-by-sa-3.0", "CC BY-SA 3.0 (Databricks)"),
-    "quickstart": (None, "mit", "MIT (the LittleParrot project)")}
-BASES = {"base": "HuggingFaceTB/SmolLM2-135M", "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-         "instruct-q4": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+LICENCES = {  # of the data sets that we know: (Hub id, licence)
+    "dolly": ("databricks/databricks-dolly-15k", "CC BY-SA 3.0 (Databricks)"),
+    "quickstart": (None, "MIT (the LittleParrot project)")}
+BASES = {**HUB_MODELS, "instruct-q4": HUB_MODELS["instruct"]}
 
 
 def write(folder):
@@ -24,7 +24,7 @@ def render(about, evaluation):
     """The card, from run.json and evaluation.json."""
     config = about["config"]
     weights, data = config["weights"], config["data"]
-    dataset, _, licence = LICENCES.get(data, (None, None, "its own: state it here before you publish this model"))
+    dataset, licence = LICENCES.get(data, (None, "its own: state it here before you publish this model"))
     base = BASES.get(weights, weights if about["weights"]["from"].startswith("Hugging Face") else None)
     head = ["---", "license: apache-2.0" if weights in BASES else "license: other", "language: en",
             "pipeline_tag: text-generation", "library_name: transformers",

@@ -13,7 +13,7 @@ See it on your own data: `python -m parrot.chat FILE`.
 
 import re
 import sys
-from itertools import islice
+from itertools import groupby, islice
 
 from parrot.console import UserError, printable, run_program, say
 
@@ -79,14 +79,14 @@ def encode_chat(messages, tokenizer):
     return encode_pieces([pieces_of(messages)], tokenizer)[0]
 
 
-def encode_prompt(messages, tokenizer, system=None):
-    """Messages -> the tokens after which the model writes the assistant's reply.
+def with_system(messages, system):
+    """The messages, begun with the turn `system`, if any, where they have no system turn of their own."""
+    return [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
 
-    system: the turn to begin with where `messages` has no system turn of its own.
-    """
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    pieces = [*pieces_of(messages), (IM_START, False), ("assistant\n", False)]
+
+def encode_prompt(messages, tokenizer, system=None):
+    """Messages, after `with_system` -> the tokens after which the model writes the assistant's reply."""
+    pieces = [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
     return encode_pieces([pieces], tokenizer)[0][0]
 
 
@@ -106,12 +106,8 @@ def default_system(template):
 
 def pieces_of_view(tokens, supervised, tokenizer):
     """Tokens as text, control tokens by name -> [[text, whether it is supervised]]."""
-    pieces, start = [], 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or supervised[end] != supervised[start]:
-            pieces.append([tokenizer.decode_with_control(tokens[start:end]), bool(supervised[start])])
-            start = end
-    return pieces
+    return [[tokenizer.decode_with_control([token for token, _ in run]), bool(learned)]
+            for learned, run in groupby(zip(tokens, supervised), key=lambda pair: pair[1])]
 
 
 def coloured(tokens, supervised, tokenizer, colour=True):

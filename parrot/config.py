@@ -10,17 +10,13 @@ import typing
 from dataclasses import dataclass, field, fields
 
 
-def option(default, help, *, above=None, at_least=None, at_most=None, choices=None,
-           may_change=False, positional=False):
-    """A dataclass field that is also a command-line option.
+def option(default, help, *, choices=None, may_change=False, **bounds):
+    """A dataclass field that is also a command-line option; bounds: above, at_least, at_most.
 
     `may_change` marks what a resumed run may set differently, because it cannot change
-    the result beyond rounding. `positional` arguments, one or more, stand without a flag.
+    the result beyond rounding.
     """
-    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={
-        "help": help, "choices": choices, "may_change": may_change, "positional": positional,
-        "bounds": {name: bound for name, bound in bounds.items() if bound is not None}})
+    return field(default=default, metadata={"help": help, "choices": choices, "may_change": may_change, "bounds": bounds})
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -120,7 +116,7 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    models: list[str] = option(None, f"{WEIGHTS}", positional=True)
+    models: list[str] = option(None, WEIGHTS)
     data: str = option("dolly", "whose held-out part to use: what train.py's --data takes")
     val_fraction: float = option(0.02, "share of the data that is held out, as in training", above=0, at_most=1)
     max_length: int = option(2048, "longest example in tokens", at_least=8)
@@ -135,6 +131,7 @@ class EvaluateConfig:
     dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
     json: bool = option(False, "print all results as JSON instead of a table")
 
+
 @dataclass
 class BenchmarkConfig:
     weights: str = option("instruct-q4", WEIGHTS)
@@ -148,12 +145,12 @@ class BenchmarkConfig:
     dtype: str = option("bfloat16", "type of the matrix products", choices=DTYPES)
     json: bool = option(False, "print the figures as JSON, in SI units")
 
+
 def parse(config_class, argv, description):
     """Build `config_class` from a command line. A wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    types = typing.get_type_hints(config_class)
     for each in fields(config_class):
-        _add_argument(parser, each, types[each.name])
+        _add_argument(parser, each)
     args = parser.parse_args(argv)
     if getattr(args, "quickstart", False):  # other defaults, which options beside it still override
         parser.set_defaults(**QUICKSTART)
@@ -164,24 +161,20 @@ def parse(config_class, argv, description):
     return config
 
 
-def _add_argument(parser, each, kind):
-    flag = "--" + each.name.replace("_", "-")
-    shown = "" if each.default in (None, False) else f" (default {each.default})"
+def _add_argument(parser, each):
+    flag, choices = "--" + each.name.replace("_", "-"), each.metadata["choices"]
+    shown = "" if each.default is None or each.default is False else f" (default {each.default})"
     help = each.metadata["help"].replace("%", "%%") + shown
-    if kind is bool:
+    if each.type is bool:
         parser.add_argument(flag, action="store_true", help=help)
-        return
-    inner = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
-    if each.metadata["positional"]:
+    elif each.type == list[str]:  # has to be given, so it stands without a flag
         parser.add_argument(each.name, nargs="+", metavar="MODEL", help=help)
-        return
-    if typing.get_origin(inner[0]) is list:
-        parser.add_argument(flag, nargs="+", metavar="NAME", default=each.default, help=help)
-        return
-    choices = each.metadata["choices"]
-    parser.add_argument(flag, type=_bounded(inner[0], each.metadata["bounds"]), choices=choices,
-                        metavar=None if choices else inner[0].__name__.upper(),
-                        default=each.default, help=help)
+    elif each.type == list[str] | None:
+        parser.add_argument(flag, nargs="+", metavar="NAME", help=help)
+    else:
+        kind = next((t for t in typing.get_args(each.type) if t is not type(None)), each.type)  # int of int | None
+        parser.add_argument(flag, type=_bounded(kind, each.metadata["bounds"]), choices=choices, default=each.default,
+                            metavar=None if choices else kind.__name__.upper(), help=help)
 
 
 def _bounded(kind, bounds):

@@ -14,6 +14,8 @@ from itertools import zip_longest
 # torch's own errors have no class of their own on a CPU; the last two are oneDNN's and the C++ library's words.
 OUT_OF_MEMORY = "out of memory", "can't allocate memory", "could not create a primitive", "std::bad_alloc"
 
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 
 class UserError(Exception):
     """Something the user can mend; its text is the whole message."""
@@ -53,7 +55,7 @@ def run_program(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a disk, a folder or a pipe that refuses
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'input or output'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(1)
     except Interrupted as interruption:
         say(str(interruption))
@@ -91,9 +93,7 @@ def printable(text):
     >>> printable("a\tb\n\x1b[31mred")
     'a\tb\n\\x1b[31mred'
     """
-    def is_shown(char):
-        return char.isprintable() or char in "\n\t " or ord(char) > 0x9f
-    return "".join(c if is_shown(c) else f"\\x{ord(c):02x}" for c in text)
+    return text.translate(CONTROL)
 
 
 def side_by_side(columns, width):

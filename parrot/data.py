@@ -44,7 +44,7 @@ class Examples:
     """Tokenised conversations, end to end in flat arrays (few bytes a token, no objects)."""
 
     def __init__(self, tokens, supervised, starts, lengths, numbers, source=""):
-        """tokens and supervised (T,); of each example where it starts, its length, its record's number."""
+        """tokens and supervised (all tokens,); of each example where it starts, its length, its record's number."""
         self.tokens, self.supervised = tokens, supervised
         self.starts, self.lengths, self.numbers = starts, lengths, numbers
         self._source = source  # what stands before the number: "data.jsonl:"
@@ -93,7 +93,7 @@ class Counts:
 def load_examples(path, tokenizer, max_length, val_fraction, skip_bad=False):
     """A file -> (train Examples, held-out Examples, Counts); from the cache where it was read before."""
     path = Path(path)
-    recipe = [1, path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"), max_length, val_fraction, skip_bad]
+    recipe = [2, path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"), max_length, val_fraction, skip_bad]
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
     def encode(folder):
@@ -158,8 +158,8 @@ class Batch:
         """The ribbon of some examples."""
         parts = [examples[index] for index in indices]
         tokens = np.concatenate([t for t, _ in parts]).astype(np.int64)
-        # The first token of a document is a control token and never supervised, so row r and
-        # its target r + 1 always lie in the same document.
+        # The first token of a document is never supervised, as nothing stands before it. So row r
+        # and its target r + 1 always lie in the same document.
         rows = np.flatnonzero(np.concatenate([s for _, s in parts])) - 1
         ribbon = Ribbon([len(t) for t, _ in parts], device)
         tokens, rows, targets = (send(torch.from_numpy(x), device) for x in (tokens, rows, tokens[rows + 1]))

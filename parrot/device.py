@@ -12,7 +12,7 @@ from parrot.console import UserError, say
 def tokens_a_forward(model, dtype):
     """The token budget of one forward: what the device's memory holds, up to where more no longer pays."""
     if model.device.type != "cuda":
-        return 1536  # on two cores 2048 took a fifth more memory, and 1024 were 2% slower than those
+        return 1536  # on two cores 2048 took a fifth more memory, 1024 was 2% slower
     # An estimate, not seen on a GPU yet: weights, gradients and two moments in float32, 1 GB for logits,
     # and for each token some 35 numbers of every layer's width.
     fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9

@@ -54,7 +54,7 @@ class Processes:
     @contextlib.contextmanager
     def one_after_the_other(self):
         """The first process enters alone, the others when it is through: it writes, they read."""
-        if self.size > 1 and self.rank > 0:
+        if self.rank > 0:
             dist.barrier()
         yield
         if self.size > 1 and self.rank == 0:

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from parrot import card, hub, report
-from parrot.chat import text_of
+from parrot.chat import text_of, with_system
 from parrot.config import EvaluateConfig, parse
 from parrot.console import UserError, printable, run_program
 from parrot.data import Batch, Examples, is_held_out, micro_batches
@@ -35,7 +35,7 @@ from parrot.sampling import replies
 from parrot.shorten import fit
 from parrot.speaker import Speaker
 from parrot.tokenizer import Tokenizer
-from parrot.training import supervised_rows, token_losses
+from parrot.training import token_losses
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")  # the first three are shown in full
 
@@ -92,9 +92,7 @@ def encode(messages, speaker, max_length):
     """Messages in the format of the speaker -> (tokens, supervised)."""
     if not speaker.chats:
         return as_plain_text(messages, speaker, max_length)
-    if speaker.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": speaker.system}, *messages]
-    return fit(messages, speaker.tokenizer, max_length)[:2]
+    return fit(with_system(messages, speaker.system), speaker.tokenizer, max_length)[:2]
 
 
 def as_plain_text(messages, speaker, max_length):
@@ -117,16 +115,12 @@ def prompt_of(messages, speaker):
 @torch.no_grad()
 def losses_of(speaker, examples, max_tokens):
     """The loss of each example, summed over its supervised tokens (n,), and their counts (n,)."""
-    losses, counts = np.zeros(len(examples)), np.zeros(len(examples))
-    dtype = speaker.model.dtype
+    losses, counts = np.zeros(len(examples)), np.array([supervised.sum() for _, supervised in examples])
     for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
                         desc=f"{speaker.name}: held-out loss", leave=False):
         batch = Batch.of(examples, indices, speaker.model.device)
-        rows = supervised_rows(speaker.model, batch, dtype)
-        each = torch.cat(list(token_losses(speaker.model, rows, batch.targets, dtype)))  # (S,)
-        counts[indices] = [examples[index][1].sum() for index in indices]
-        owners = np.repeat(indices, counts[indices].astype(int))  # (S,) whose token it is
-        np.add.at(losses, owners, each.double().cpu().numpy())
+        each = token_losses(speaker.model, batch, speaker.model.dtype).cpu().double()  # (S,)
+        losses[indices] = [some.sum().item() for some in each.split(counts[indices].tolist())]
     return losses, counts
 
 
@@ -206,16 +200,15 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
              if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
     key = json.dumps([3, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
-    path = hub.cache_folder() / "evaluations" / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
-    if path.is_file():
-        return {"model": name, **read_json(path)}
-    speaker = Speaker.load(str(folder), dtype, device, format)
-    speaker.name = name
-    results = {"format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
-               "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results)
-    return {"model": name, **results}
+
+    def measure(made):
+        speaker = Speaker.load(str(folder), dtype, device, format)
+        speaker.name = name
+        write_json(made / "results.json", {
+            "format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
+            "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)})
+    kept = hub.kept(f"evaluations/{hashlib.sha256(key.encode()).hexdigest()[:24]}", measure)
+    return {"model": name, **read_json(kept / "results.json")}
 
 
 def formats_of(folder):

@@ -24,7 +24,7 @@ CONTROL = 3  # the token type of control tokens
 
 def import_gguf(path, folder):
     """Write the model of the GGUF file `path` into `folder`, its weights in bfloat16."""
-    import gguf  # only here: nothing else needs it
+    import gguf  # late: most runs never read one
 
     folder = Path(folder)
     try:
@@ -56,7 +56,7 @@ def import_gguf(path, folder):
 
 
 def _config(value, tensors):
-    """The GGUF's fields -> config.json. What is unusual (scaled RoPE) shows in extra tensors."""
+    """The GGUF's fields -> config.json. Scaled RoPE that no field tells of shows as an extra tensor, which weights.py refuses."""
     if value["general.architecture"] != "llama":
         raise UserError(f"general.architecture is {value['general.architecture']!r}, not 'llama'")
     if value.get("llama.rope.scaling.type", "none") != "none":

@@ -7,7 +7,7 @@ import torch
 
 
 def seconds(work, device, times=5):
-    """The median time of `work()`, once for nothing before."""
+    """The median time of `work()`, after one call that does not count."""
     taken = []
     for _ in range(times + 1):
         started = time.perf_counter()

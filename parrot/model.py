@@ -7,7 +7,7 @@ no layer but attention knows about sequences (see attention.py). And every modul
 the name that it has in a Hugging Face checkpoint, so loading needs no table of names.
 
 Shapes: N tokens, S supervised rows, C hidden_size, H query heads, K key/value heads,
-D head_dim, V vocabulary.
+D head_dim, M intermediate_size, V vocabulary.
 """
 
 from dataclasses import dataclass

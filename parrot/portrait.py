@@ -33,9 +33,7 @@ def certainty(speaker, question, tokens):
     ids = torch.tensor(prompt + tokens, device=speaker.model.device)
     rows = speaker.model(ids, Ribbon([len(ids)], ids.device))[len(prompt) - 1:-1]  # each row predicts the next token
     logits = speaker.model.logits(rows).float()
-    likeliest = logits.softmax(-1).topk(6)
-    return [{"text": speaker.tokenizer.decode([token]), "probability": float(logits[i].softmax(-1)[token]), "top_p": TOP_P,
-             "nucleus": int((nucleus(logits[i:i + 1], 1.0, TOP_P)[0] > 0).sum()),
-             "likeliest": [[speaker.tokenizer.decode_with_control([other]), float(share)]
-                           for share, other in zip(likeliest.values[i], likeliest.indices[i])]}
-            for i, token in enumerate(tokens)]
+    shares, sizes = logits.softmax(-1), (nucleus(logits, 1.0, TOP_P)[0] > 0).sum(-1)  # (S, V), (S,)
+    return [{"text": speaker.tokenizer.decode([token]), "probability": float(row[token]), "top_p": TOP_P, "nucleus": int(size),
+             "likeliest": [[speaker.tokenizer.decode_with_control([other]), float(row[other])] for other in row.topk(6).indices]}
+            for token, row, size in zip(tokens, shares, sizes)]

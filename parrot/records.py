@@ -14,6 +14,8 @@ from parrot.console import UserError
 
 LONGEST = 1_000_000  # characters: a conversation, not a library; tokenising 50 MB took 90 s and 11 GB
 
+MARK = b"\xef\xbb\xbf"  # some editors put this byte order mark before the first line
+
 SHAPES = ("instruction and response (Dolly; context may be added), messages, prompt and "
           "completion, or instruction and output (Alpaca; input may be added)")
 
@@ -40,15 +42,16 @@ def read_conversations(path, bad=None):
     path = Path(path)
     try:
         source = source_of(path)
-        for number, parse in _parquet_records(path) if path.suffix == ".parquet" else _json_records(path):
+        for number, record in _parquet_records(path) if path.suffix == ".parquet" else _json_records(path):
             try:
-                record = parse()
+                if isinstance(record, bytes):  # a line, not parsed yet
+                    record = json.loads(record.removeprefix(MARK).decode("utf-8"))
                 messages = _of_sane_length(to_messages(record))
-                yield Conversation(messages, f"{source}{number}", number, str(record.get("category", ""))[:80])
+                yield Conversation(messages, f"{source}{number}", number, str(record.get("category") or "")[:80])
             except (ValueError, RecursionError) as error:  # BadRecord, or the JSON parser's own
                 fault = f"{source}{number}: {_in_words(error)}"
                 if bad is None:
-                    raise UserError(f"{fault} (--skip-bad-records leaves such records out)") from None
+                    raise UserError(f"{fault} (train.py and parrot.evaluate leave such records out with --skip-bad-records)") from None
                 bad.append(fault)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -61,25 +64,20 @@ def source_of(path):
 
 def _is_array(path):
     with open(path, "rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")  # some editors add this mark
+        return file.read(4096).removeprefix(MARK).lstrip().startswith(b"[")
 
 
 def _json_records(path):
-    """Yield (number, function that parses the record): an array of objects, or one a line."""
+    """Yield (number, record) of an array, or (number, the bytes of a line)."""
     with open(path, "rb") as file:
         if _is_array(path):
             try:
-                records = json.loads(file.read().decode("utf-8-sig"))
+                records = json.loads(file.read().removeprefix(MARK).decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: {_in_words(error)}") from None
-            for number, record in enumerate(records, 1):
-                yield number, lambda record=record: record
-            return
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, lambda line=line: json.loads(line.decode("utf-8"))
+            yield from enumerate(records, 1)
+        else:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.removeprefix(MARK).strip())
 
 
 def _parquet_records(path):
@@ -88,11 +86,8 @@ def _parquet_records(path):
     except ImportError:
         raise UserError(f"{path}: reading Parquet takes pyarrow: pip install pyarrow") from None
     try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, lambda record=record: record
+        batches = parquet.ParquetFile(path).iter_batches(1024)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
     except ArrowException as error:
         raise UserError(f"{path}: not a Parquet file: {error}") from None
 

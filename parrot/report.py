@@ -107,20 +107,20 @@ def chart(title, series, key="", zero=False):
     low = 0 if zero else low
     right, high = max(right, left + 1), high if high > low else low + (abs(low) or 1)
 
-    def place(point):
-        return f"{60 + 430 * (point[0] - left) / (right - left):.1f},{195 - 175 * (point[1] - low) / (high - low):.1f}"
-    parts = []
-    for tick in ticks(low, high):
-        y = place((left, tick)).split(",")[1]
-        parts.append(f'<path class="axis" d="M60 {y}H490"/><text x="54" y="{y}" dy="4" text-anchor="end">{tick:g}</text>')
-    for tick in ticks(left, right, 5):
-        x = place((tick, low)).split(",")[0]
-        parts.append(f'<text x="{x}" y="212" text-anchor="middle">{tick:g}</text>')
+    def x(step):
+        return f"{60 + 430 * (step - left) / (right - left):.1f}"
+
+    def y(value):
+        return f"{195 - 175 * (value - low) / (high - low):.1f}"
+    parts = [f'<path class="axis" d="M60 {y(tick)}H490"/><text x="54" y="{y(tick)}" dy="4" text-anchor="end">{tick:g}</text>'
+             for tick in ticks(low, high)]
+    parts += [f'<text x="{x(tick)}" y="212" text-anchor="middle">{tick:g}</text>' for tick in ticks(left, right, 5)]
     for name, line in series:
-        parts.append(f'<polyline class="{name}" stroke-width="1.6" points="{" ".join(map(place, line))}"/>')
+        path = " ".join(f"{x(step)},{y(value)}" for step, value in line)
+        parts.append(f'<polyline class="{name}" stroke-width="1.6" points="{path}"/>')
         if name == "two":
-            parts += [f'<circle class="dot" r="3.2" cx="{place(p).split(",")[0]}" cy="{place(p).split(",")[1]}">'
-                      f"<title>step {p[0]}: {p[1]:.4f}</title></circle>" for p in line]
+            parts += [f'<circle class="dot" r="3.2" cx="{x(step)}" cy="{y(value)}"><title>step {step}: {value:.4f}</title></circle>'
+                      for step, value in line]
     return (f'<div class="card"><p>{title} <small>{key}</small></p><svg viewBox="0 0 508 232" role="img">'
             f'{"".join(parts)}<text x="270" y="229" text-anchor="middle">step</text></svg></div>')
 
@@ -177,7 +177,8 @@ def answer(tokens):
         spans.append(f'<span style="background: color-mix(in srgb, var(--one) {55 * token["probability"]:.0f}%, transparent)" '
                      f'title="{text(about)}">{text(token["text"])}</span>')
     return ("<h2>How sure it was</h2><p class=soft>A reply after training. The stronger the colour, the likelier the token was to "
-            "follow, before the penalty on what was said; point at one to see what else stood in the nucleus.</p>" f'<div class="card tokens">{"".join(spans)}</div>')
+            "follow, before the penalty on what was said; point at one to see what else stood in the nucleus.</p>"
+            f'<div class="card tokens">{"".join(spans)}</div>')
 
 
 def example(tokens):
@@ -210,7 +211,8 @@ def provenance(about):
         return ", ".join(f"{key} {value}" for key, value in origin.items() if key != "files")
     rows = [("weights", told(about["weights"])), *((f"sha256 of {n}", h) for n, h in about["weights"]["files"].items()),
             ("data", told(about["data"])),
-            ("settings", ", ".join(f"{key} {value}" for key, value in about["config"].items() if value not in (None, False))),
+            ("settings", ", ".join(f"{key} {value}" for key, value in about["config"].items()
+                                   if value is not None and value is not False)),  # 0 is a setting
             ("versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
             ("machine", f"{about['machine']}, {about['device']}, {about['processes']} process(es)")]
     return "<h2>Where it comes from</h2>" + table((), rows)

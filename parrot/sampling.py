@@ -14,8 +14,8 @@ def nucleus(logits, temperature, top_p):
 
     The nucleus (arXiv:1904.09751) is the smallest set of likeliest tokens that holds at least
     `top_p` of the probability, so the token that crosses the threshold is in it. Among equals,
-    the lower id comes first. W is large enough for all of it, at most V; the likeliest come first,
-    but where `top_p` is 1 all come in the order of their ids.
+    the lower id comes first. Returned are the W likeliest tokens in order, W large enough to hold the
+    nucleus; where `top_p` is 1, all V in the order of their ids.
 
     >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]).log(), temperature=1.0, top_p=0.6)
     (tensor([[0.6250, 0.3750, 0.0000]]), tensor([[1, 0, 2]]))

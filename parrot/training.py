@@ -16,16 +16,18 @@ def supervised_rows(model, batch, dtype):
         return model(batch.tokens, batch.ribbon)[batch.rows]
 
 
-def token_losses(model, rows, targets, dtype):
-    """Yield the cross-entropy (S,) of rows (S, C) and targets (S,) in nats, a piece at a time.
+def token_losses(model, batch, dtype):
+    """The cross-entropy (S,) of a ribbon's supervised tokens, in nats.
 
-    No mean yet, because the one over a whole *step* is wanted: means of means would weigh a
-    token by the company that it is in.
+    No mean yet: that of a whole *step* is wanted, and means of means would weigh a token by
+    the company that it is in.
     """
-    for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE)):
+    rows, losses = supervised_rows(model, batch, dtype), []  # (S, C)
+    for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE)):
         with autocast(model.device, dtype):
             logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
-        yield cross_entropy(logits, some_targets, 1.0)[0]
+        losses.append(cross_entropy(logits, some_targets, 1.0)[0])
+    return torch.cat(losses)
 
 
 def cross_entropy(logits, targets, scale):
@@ -49,7 +51,9 @@ def cross_entropy(logits, targets, scale):
 
 
 def accumulate_gradients(model, batches, supervised, dtype):
-    """Add to every .grad these ribbons' part of a step's mean loss; returns that part, not waiting for a GPU.
+    """Add to every .grad these ribbons' part of a step's mean loss; returns that part.
+
+    It is returned as a tensor, so that a GPU need not be waited for.
 
     supervised: the supervised tokens of the whole step, on all ribbons, counted before the
     first backward. So however the step is split, the parts add up to the same gradient.
@@ -87,8 +91,7 @@ def held_out_loss(model, examples, max_tokens, dtype, processes, should_stop=lam
             stopped = 1
             break
         batch = Batch.of(examples, indices, model.device)
-        rows = supervised_rows(model, batch, dtype)
-        total += sum(losses.sum().item() for losses in token_losses(model, rows, batch.targets, dtype))
+        total += token_losses(model, batch, dtype).sum().item()
         count += len(batch.targets)
     total, count, stopped = processes.sum(total, count, stopped)
     return None if stopped else total / count

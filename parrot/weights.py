@@ -22,7 +22,7 @@ from parrot.tokenizer import Tokenizer
 # Fields of config.json that would change the computation, and the values that we compute.
 SUPPORTED = {
     "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
+    "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "rope_scaling": (None,),
@@ -31,7 +31,7 @@ SUPPORTED = {
     "quantization_config": (None,),
     "pretraining_tp": (1, None),
 }
-# Beyond these nothing real exists, and nothing may be allocated. All other numbers: a million.
+# The largest values that are believed, so that a damaged file makes us allocate nothing; other numbers: a million.
 LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**9, "rope_theta": 10**12}
 
 
@@ -45,9 +45,7 @@ def read_config(folder):
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_parameters.rope_type is {rope['rope_type']!r}; only plain RoPE is supported")
     for field, values in SUPPORTED.items():
-        value = raw.get(field, rope.get(field, values[0]))
-        if field == "model_type" and field not in raw:
-            raise UserError(f"{path}: model_type is missing")
+        value = raw.get(field, rope.get(field))
         if value not in values:
             raise UserError(f"{path}: {field} is {value!r:.60}; LittleParrot supports only {values[0]!r}")
     heads, size = raw.get("num_attention_heads"), raw.get("hidden_size")

@@ -1,5 +1,6 @@
 """The command line: derived, bounded, and contradiction-free before anything loads."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -55,3 +56,4 @@ def test_help_names_every_flag(capsys):
         train("--help")
     shown = capsys.readouterr().out
     assert all("--" + each.name.replace("_", "-") in shown for each in fields(TrainConfig))
+    assert re.search(r"--seed INT\s+order of the examples \(default 0\)", shown) and "default False" not in shown

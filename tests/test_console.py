@@ -6,6 +6,7 @@ from parrot.console import Interrupted, UserError, run_program, say
 
 CASES = [(UserError("no such \x1b[2Jfile"), 1, "error: no such \\x1b[2Jfile\n"),
          (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device\n"),
+         (OSError(21, "Is a directory", "a\x1b[2Jb"), 1, "error: a\\x1b[2Jb: Is a directory\n"),
          (MemoryError(), 1, "error: out of memory: lower --micro-batch-tokens"),
          (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of memory"),
          (RuntimeError("could not create a primitive"), 1, "error: out of memory: lower --micro-batch-tokens in training, "

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
     {"console"}, {"config", "files", "store", "varlen", "tiles", "device", "distributed"}, {"tokenizer", "attention"},
-    {"model", "chat", "gguf_import", "compiling", "captured"}, {"weights", "hub", "records", "optim", "shorten", "report", "card", "packed", "limits"}, {"data", "speaker"},
+    {"model", "chat", "gguf_import", "compiling", "captured"}, {"weights", "hub", "records", "optim", "shorten", "report", "packed", "limits"}, {"data", "speaker", "card"},
     {"checkpoint", "training", "sampling"}, {"evaluate", "portrait", "benchmark"}]
 MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
 LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",

@@ -35,7 +35,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-ABOUT = {"config": {"out": HOSTILE, "epochs": 2, "max_steps": None}, "steps": 40, "examples": 300, "held_out": 7,
+ABOUT = {"config": {"out": HOSTILE, "epochs": 2, "max_steps": None, "seed": 0, "resume": False}, "steps": 40, "examples": 300, "held_out": 7,
          "weights": {"name": HOSTILE, "from": "a folder", "files": {"model.safetensors": "abc123"}},
          "data": {"name": HOSTILE, "from": "a file", "sha256": "def456"}, "versions": {"torch": "9.9"}, "machine": "Linux",
          "device": "cpu", "processes": 1, "lengths": {"up to 64": 200, "128": 100},
@@ -89,9 +89,9 @@ def test_the_curves_are_those_of_the_metrics(page):
 def test_the_words_are_those_of_the_run(page):
     shown = " ".join(page.words)
     for words in ("40 steps on 300 examples; finished; held-out loss 3.250 before, 2.125 at its best", "2.125 ± 0.010", "abc123",
-                  "def456", "torch 9.9", "3 had the middle of a context", "2 could not be read", "epochs 2", "200"):
+                  "def456", "torch 9.9", "3 had the middle of a context", "2 could not be read", "epochs 2, seed 0", "200"):
         assert words in shown
-    assert "reply_cut" not in shown and "max_steps" not in shown and "None" not in shown
+    assert "reply_cut" not in shown and "max_steps" not in shown and "resume" not in shown and "None" not in shown
 
 
 def test_supervised_tokens_are_marked_and_probabilities_told(page):
