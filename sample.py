@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from parrot import hub
 from parrot.config import SampleConfig, parse
 from parrot.console import UserError, printable, run_program, say, side_by_side
 from parrot.device import pick
@@ -51,7 +52,7 @@ def load_speaker(name, config):
     """Load the model `name` in the format that was asked for."""
     device, dtype = pick(config)
     one_reply = config.prompt is not None and config.num_samples == 1  # is written sooner than the weights are packed
-    return Speaker.load(name, dtype, device, config.format, pack=not one_reply)
+    return Speaker.load(name, hub.find_weights(name).path, dtype, device, config.format, pack=not one_reply)
 
 
 def how(speaker, config):
@@ -97,7 +98,7 @@ def chat(speaker, config):
     messages = []
     while True:
         print("you> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
+        line = sys.stdin.readline().strip() if sys.stdin else ""
         if not line:
             say("")
             return

@@ -122,6 +122,10 @@ def set_up(config):
         model, tokenizer = weights.load(weights_from.path, torch.float32, device)
         train_set, val_set, counts = load_examples(data_from.path, tokenizer, config.max_length,
                                                    config.val_fraction, config.skip_bad_records)
+    longest, context = train_set.lengths.max(), model.config.max_position_embeddings
+    if longest > context:
+        raise UserError(f"{data_from.path} has an example of {longest} tokens, but the context of {config.weights} "
+                        f"holds {context}: set --max-length {context}")
     max_tokens = config.micro_batch_tokens or tokens_a_forward(model, dtype)
     total_steps = config.epochs * steps_an_epoch(train_set, config.batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
@@ -178,7 +182,7 @@ def finish(run):
     if not len(run.val_set):
         folder.save_best(run.model, run.tokenizer, run.dtype)  # the last is the best we know
     if run.processes.rank == 0:
-        best = Speaker.load(str(folder.path), torch.float32, run.model.device)
+        best = Speaker.load("", folder.path, torch.float32, run.model.device)
         after = portrait.ask(best, run.shown)
         question, _, tokens = after[0]
         folder.show(after=after, answer=portrait.certainty(best, question, tokens))
@@ -191,7 +195,7 @@ def finish(run):
         told += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
         if progress.best_loss >= progress.first_loss:
             told += " (no better than before training: try a lower --learning-rate)"
-    say(f'{told}.\nAsk it: python sample.py --model {folder.path} --prompt "Who are you?"')
+    say(f'{told}.\nAsk it: python sample.py --model {shlex.quote(str(folder.path))} --prompt "Who are you?"')
 
 
 def epoch_of(run):

@@ -69,7 +69,7 @@ def first_word(folder, device, dtype):
 def measure(config):
     """Yield (name, figure in SI units) of all figures."""
     device, dtype = pick(config)
-    folder = hub.find_weights(config.weights).path
+    folder = hub.find_weights(config.weights).path.absolute()  # a path, even if it is called "base"
     yield "matrix product, FLOP/s", matrix_rate(device, dtype)
     memory = memory_rate(device)
     yield "memory read, byte/s", memory

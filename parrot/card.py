@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from parrot.config import REPETITION_PENALTY
-from parrot.files import read_json, replace_file
+from parrot.files import read_json, replace_text
 from parrot.hub import HUB_MODELS
 
 LICENCES = {  # of the data sets that we know: (Hub id, licence)
@@ -17,7 +17,7 @@ def write(folder):
     folder = Path(folder)
     evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
     card = render(read_json(folder / "run.json"), evaluation)
-    replace_file(folder / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    replace_text(folder / "README.md", card)
 
 
 def render(about, evaluation):

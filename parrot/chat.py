@@ -99,7 +99,7 @@ def default_system(template):
     """
     if IM_START not in template or IM_END not in template:
         raise UserError("the model's chat template is not ChatML (<|im_start|> ... <|im_end|>): "
-                        "use --format plain")
+                        "take another, or let sample.py --format plain go on with a text")
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>", template)
     return found.group(1) if found else None
 

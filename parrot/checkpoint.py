@@ -12,6 +12,7 @@ one deleted: after a crash at any moment, the old or the new one is there, whole
 
 import functools
 import json
+import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from parrot import card, report
 from parrot.config import TrainConfig
 from parrot.console import UserError, say
-from parrot.files import flush, read_json, replace_file, sha256_of, write_json
+from parrot.files import flush, read_json, replace_text, sha256_of, write_json
 from parrot.weights import save_model
 
 
@@ -41,10 +42,10 @@ class Progress:
 
 def describe(config, weights, data, more):
     """What run.json says of a run: enough to repeat it, and to notice that it is another one."""
-    tensor_files = sorted(weights.path.glob("*.safetensors"))
+    model_files = [path for pattern in ("*.safetensors", "config.json", "tokenizer.json") for path in sorted(weights.path.glob(pattern))]
     return {
         "config": asdict(config),
-        "weights": {**weights.origin, "files": {f.name: sha256_of(f) for f in tensor_files}},
+        "weights": {**weights.origin, "files": {f.name: sha256_of(f) for f in model_files}},
         "data": {**data.origin, "file": data.path.name, "sha256": sha256_of(data.path)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
@@ -68,7 +69,7 @@ class RunFolder:
     """The files of one run in `path`. Of several processes, only one `writes`."""
 
     def __init__(self, path, writes=True):
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))  # where the shell did not: --out=~/run
         self.writes = writes
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoint"
@@ -131,7 +132,7 @@ class RunFolder:
                 continue  # the line that the crash cut off
             if values["step"] < step or (values["step"] == step and "train_loss" in values):
                 kept.append(line + "\n")
-        replace_file(self.metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+        replace_text(self.metrics, "".join(kept))
 
     @writing
     def show(self, **values):
@@ -176,9 +177,8 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(tensors, temporary / "tensors.safetensors")
-        write_json(temporary / "progress.json", asdict(progress))
         flush(temporary / "tensors.safetensors")
-        flush(temporary)
+        write_json(temporary / "progress.json", asdict(progress))  # flushes the folder, too
         temporary.rename(final)
         flush(self.checkpoints)
         for old in self._saved():

@@ -81,6 +81,10 @@ class TrainConfig:
         if self.min_learning_rate > self.learning_rate:
             return (f"--min-learning-rate {self.min_learning_rate:g} is above "
                     f"--learning-rate {self.learning_rate:g}")
+        if self.out.encode("utf-8", "ignore").decode() != self.out:
+            return f"--out {self.out!a} is not UTF-8, which safetensors needs"
+        if self.out in WEIGHTS.split(" | "):
+            return f"--out {self.out} is the name of a model: choose another folder"
         return None
 
 
@@ -129,6 +133,7 @@ class EvaluateConfig:
     seed: int = option(0, "of the sampled replies", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "where to compute", choices=DEVICES)
     dtype: str = option("bfloat16", "type of the weights", choices=DTYPES)
+    skip_bad_records: bool = option(False, "leave out records that cannot be read")
     json: bool = option(False, "print all results as JSON instead of a table")
 
 

@@ -37,8 +37,10 @@ def say(*lines):
 
 def run_program(main):
     """Run `main()` and leave with its exit status: 0, 1 (an error in words) or 130 (Ctrl-C)."""
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows "?"
-        sys.stdout.reconfigure(errors="replace")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed (2>&-): print would take stdout instead
+    for stream in (sys.stdin, sys.stdout):  # what cannot be shown, or read, is "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -66,21 +68,25 @@ def run_program(main):
 
 
 class StopSignal:
-    """Notes Ctrl-C or SIGTERM instead of dying of it; a second one ends the process at once.
+    """Notes Ctrl-C, SIGTERM or a hang-up instead of dying of it; a second one ends the process at once.
 
     `status` is None until then, and afterwards what the process should exit with.
     """
 
     def __enter__(self):
         self.status = None
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        hangup = [s for s in (getattr(signal, "SIGHUP", None),) if s and signal.getsignal(s) != signal.SIG_IGN]  # nohup's
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, *hangup)}
         return self
 
     def _note(self, number, frame):
         if self.status is not None:
             raise KeyboardInterrupt
         self.status = 128 + number
-        say("\nstopping after this step (once more: at once, without saving)")
+        try:
+            say("\nstopping after this step (once more: at once, without saving)")
+        except OSError:  # the terminal is gone, or `| tee` died of the same Ctrl-C: from now on nobody listens
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from parrot import card, hub, report
 from parrot.chat import text_of, with_system
 from parrot.config import EvaluateConfig, parse
-from parrot.console import UserError, printable, run_program
+from parrot.console import UserError, printable, run_program, say
 from parrot.data import Batch, Examples, is_held_out, micro_batches
 from parrot.device import pick, tokens_a_forward
 from parrot.files import read_json, sha256_of, write_json
@@ -133,7 +133,7 @@ def loss_table(speaker, conversations, config):
     examples = Examples.of([parts[i] for i in kept])
     losses, counts = losses_of(speaker, examples, tokens_a_forward(speaker.model, speaker.model.dtype))
     categories = np.array([conversations[i].category for i in kept])
-    groups = {"all": np.ones(len(kept), bool)} | {name: categories == name for name in sorted(set(categories) - {""})}
+    groups = {name: categories == name for name in sorted(set(categories) - {""})} | {"all": np.ones(len(kept), bool)}
     return {name: [*mean_and_error(losses[group], counts[group]), int(group.sum())] for name, group in groups.items()}
 
 
@@ -202,8 +202,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
     key = json.dumps([3, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
 
     def measure(made):
-        speaker = Speaker.load(str(folder), dtype, device, format)
-        speaker.name = name
+        speaker = Speaker.load(name, folder, dtype, device, format)
         write_json(made / "results.json", {
             "format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
             "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)})
@@ -249,17 +248,23 @@ def main():
     """Read the command line, evaluate, print."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     path = hub.find_data(config.data).path
-    conversations = [each for each in read_conversations(path) if is_held_out(each.messages, config.val_fraction)]
+    conversations = [each for each in read_conversations(path, [] if config.skip_bad_records else None)
+                     if is_held_out(each.messages, config.val_fraction)]
     if not conversations:
         raise UserError(f"{path}: nothing is held out by --val-fraction {config.val_fraction}")
     folders = [(name, hub.find_weights(name).path) for name in config.models]
     data_hash = sha256_of(path)
+    runs = {folder: read_json(folder / "run.json") for _, folder in folders if (folder / "run.json").is_file()}
+    for folder, about in runs.items():
+        fraction = about.get("config", {}).get("val_fraction", 0)
+        if about.get("data", {}).get("sha256") == data_hash and fraction < config.val_fraction:
+            say(f"{folder} held out only {fraction:g} of this data: it was trained on some of what it is measured on here")
     results = [evaluate(name, folder, format, conversations, config, data_hash)
                for name, folder in folders for format in formats_of(folder)]
     rows = rows_of(results)
     print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(rows, results))
-    for _, folder in folders:
-        if (folder / "run.json").is_file() and read_json(folder / "run.json").get("finished"):  # our own run: show it there
+    for folder, about in runs.items():
+        if about.get("finished"):  # our own run: show it there
             write_json(folder / "evaluation.json", {"table": rows})
             report.write(folder)
             card.write(folder)

@@ -41,8 +41,12 @@ def replace_file(path, write):
 
 def write_json(path, content):
     """Write `content` as JSON, whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path, text):
+    """Make `text` the content of a file, whole or not at all. A file name's odd bytes become escapes, as JSON knows them."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def flush(path):

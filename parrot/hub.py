@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import safetensors
+
 from parrot.console import UserError, say
 from parrot.files import flush, sha256_of
 from parrot.gguf_import import import_gguf
@@ -191,8 +193,9 @@ def kept(name, make, at_most=None):
             made_at = {each: each.stat().st_mtime for each in folder.parent.iterdir() if not each.name.startswith("tmp")}
             for old in sorted(made_at, key=made_at.get)[:-at_most]:
                 shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write the cache {folder}: {error.strerror or error} (XDG_CACHE_HOME moves it)") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the cache {folder}: {reason} (XDG_CACHE_HOME moves it)") from None
     return folder
 
 

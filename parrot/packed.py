@@ -63,7 +63,7 @@ class PackedBlocks:
             qkv = (qkv_proj(x) / self.length(x)).view(N, -1, D // 2, 2)
             qkv = torch.view_as_real(torch.view_as_complex(qkv) * turns).view(N, -1, D)
             y = place.attend(layer, *qkv.split((H, K, K), dim=1))  # (N, H, D)
-            x = o_proj(y.view(N, -1).to(x.dtype), x)
+            x = o_proj(y.reshape(N, -1).to(x.dtype), x)
             gate, up = (gate_up_proj(x) / self.length(x)).chunk(2, dim=-1)
             x = down_proj((F.silu(gate) * up).to(x.dtype), x)
         return x

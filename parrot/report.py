@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from parrot.console import printable
-from parrot.files import read_json, replace_file
+from parrot.files import read_json, replace_text
 
 STYLE = """
 :root { --page: #fcfcfa; --ink: #1d2126; --soft: #666e78; --line: #d9dcd6; --one: #2a6fb0; --two: #c8501e; --mark: #cdeccf;
@@ -45,7 +45,7 @@ def write(folder):
     shown, evaluation = (read_json(folder / name) if (folder / name).is_file() else {}
                          for name in ("report.json", "evaluation.json"))
     page = render(read_json(folder / "run.json"), [json.loads(line) for line in lines], shown, evaluation)
-    replace_file(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    replace_text(folder / "report.html", page)
 
 
 def text(value):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from parrot import hub, packed, weights
+from parrot import packed, weights
 from parrot.chat import default_system, encode_prompt
 from parrot.model import Llama
 from parrot.tokenizer import Tokenizer
@@ -19,12 +19,12 @@ class Speaker:
     system: str | None  # the system turn that its template puts in by itself
 
     @classmethod
-    def load(cls, name, dtype, device, format="auto", pack=True):
-        """A name that --model takes -> Speaker.
+    def load(cls, name, folder, dtype, device, format="auto", pack=True):
+        """A model folder -> Speaker, called `name`.
 
         format: chat, plain, or auto: as the folder is. pack: take up to a second now to write faster then.
         """
-        model, tokenizer = weights.load(hub.find_weights(name).path, dtype, device)
+        model, tokenizer = weights.load(folder, dtype, device)
         if pack:
             packed.pack(model)
         return cls.of(name, model, tokenizer, format)
@@ -34,7 +34,7 @@ class Speaker:
         """A model that is loaded already -> Speaker."""
         chats = format == "chat" or (format == "auto" and tokenizer.chat_template is not None)
         system = default_system(tokenizer.chat_template) if chats and tokenizer.chat_template else None
-        return cls(name, model, tokenizer, weights.stop_tokens(tokenizer.folder, tokenizer), chats, system)
+        return cls(name, model, tokenizer, weights.stop_tokens(tokenizer, chats), chats, system)
 
     def prompt(self, messages):
         """The tokens that the reply follows: the template around all turns, or the bare text."""

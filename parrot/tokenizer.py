@@ -13,6 +13,8 @@ from tokenizers.decoders import DecodeStream
 from parrot.console import UserError
 from parrot.files import read_json
 
+CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
 
 class Tokenizer:
     """The tokenizer of a model folder.
@@ -29,7 +31,8 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer: {error}") from None
-        self.backend.encode_special_tokens = True  # "<|im_end|>" in a text is just text
+        self.backend.encode_special_tokens = True  # "<|im_end|>" in a text is just text, if it is marked as special
+        self.backend.add_special_tokens([name for name in CONTROL if self.backend.token_to_id(name) is not None])
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = self.backend.get_vocab_size()
@@ -53,7 +56,7 @@ class Tokenizer:
         token = self.backend.token_to_id(name)
         if token is None:
             raise UserError(f"the tokenizer of {self.folder} has no {name}: this model cannot "
-                            "chat in ChatML (use --format plain, or another model)")
+                            "chat in ChatML. Take another, or let sample.py --format plain go on with a text")
         return token
 
     def encode(self, text):

@@ -169,13 +169,11 @@ def save_model(folder, model, tokenizer, dtype):
     replace_file(folder / "model.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
-def stop_tokens(folder, tokenizer):
-    """The ids that end a reply: what the folder's configs call eos, and <|im_end|> if it chats."""
+def stop_tokens(tokenizer, chats):
+    """The ids that end a reply: what the configs in the tokenizer's folder call eos, and <|im_end|> in a chat."""
     stops = set()
     for name in ("generation_config.json", "config.json"):
-        if (Path(folder) / name).is_file():
-            eos = read_json(Path(folder) / name).get("eos_token_id")
+        if (tokenizer.folder / name).is_file():
+            eos = read_json(tokenizer.folder / name).get("eos_token_id")
             stops.update(stop for stop in (eos if isinstance(eos, list) else [eos]) if isinstance(stop, int))
-    if tokenizer.chat_template and (im_end := tokenizer.backend.token_to_id(IM_END)) is not None:
-        stops.add(im_end)
-    return stops
+    return stops | ({tokenizer.control(IM_END)} if chats else set())

@@ -100,3 +100,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         files.replace_file(path, half)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_new_name_stands_for_is_on_the_disk_before_it(folder, monkeypatch):
+    """A power cut keeps what was flushed; of the rest, any part, in any order."""
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: seen.append((name, *(os.path.basename(a) for a in args))) or original(*args))
+    watched(files, "flush"), watched(checkpoint, "flush"), watched(os, "replace"), watched(os, "rename")
+    files.write_json(folder.path / "a.json", {})
+    assert seen == [("flush", "a.json.part"), ("replace", "a.json.part", "a.json"), ("flush", folder.path.name)]
+    seen.clear()
+    folder.save(*trained(1), Progress(step=1))
+    renamed = seen.index(("rename", "unfinished", "step-000001"))
+    assert {("flush", name) for name in ("metrics.jsonl", "tensors.safetensors", "progress.json.part", "unfinished")} <= set(seen[:renamed])
+    assert ("flush", "checkpoint") in seen[renamed:]

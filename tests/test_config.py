@@ -34,6 +34,8 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
     (["--epochs", "1.5"], "invalid int value"), (["--device", "tpu"], "invalid choice: 'tpu'"),
     (["--batch-size", "4", "--micro-batch-size", "8"], "--micro-batch-size 8 is larger than --batch-size 4"),
     (["--learning-rate", "1e-5", "--min-learning-rate", "1e-4"], "--min-learning-rate 0.0001 is above"),
+    (["--out", "o\udce9x"], "is not UTF-8"),
+    (["--out", "instruct"], "--out instruct is the name of a model"),
     (["--val-fraction", "1"], "must be at most 0.9"), (["--nonsense"], "unrecognized arguments")])
 def test_wrong_settings_end_with_status_2_and_a_word(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -1,6 +1,7 @@
 """The split, the counts, the shuffle, the ribbons."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from parrot.chat import encode_chat
 from parrot.console import UserError
 from parrot.data import Batch, examples_of_step, is_held_out, load_examples, micro_batches, steps_an_epoch
 from parrot.records import to_messages
+from parrot.tokenizer import Tokenizer
 
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -106,6 +108,19 @@ def test_other_settings_and_other_data_are_read_anew(changes, records_file, tiny
         load_examples(path, tiny_tokenizer, **{**settings, **changes})
     with pytest.raises(TypeError):
         load_examples(records_file(some_records(21)), tiny_tokenizer, **settings)
+
+
+def test_another_tokenizer_and_another_kind_of_file_are_read_anew(records_file, tiny_tokenizer, tmp_path, monkeypatch):
+    path = records_file(some_records(20))
+    load_examples(path, tiny_tokenizer, 100, 0.3)
+    shutil.copy(tiny_tokenizer.folder / "tokenizer.json", tmp_path)
+    with open(tmp_path / "tokenizer.json", "a") as file:
+        file.write("\n")
+    monkeypatch.setattr(data, "encode_pieces", None)
+    with pytest.raises(TypeError):
+        load_examples(path, Tokenizer(tmp_path), 100, 0.3)
+    with pytest.raises(UserError, match="not a Parquet file"):
+        load_examples(shutil.copy(path, tmp_path / "a.parquet"), tiny_tokenizer, 100, 0.3)
 
 
 def test_the_cache_keeps_the_last_few(records_file, tiny_tokenizer):

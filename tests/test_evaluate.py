@@ -15,6 +15,7 @@ from parrot.chat import encode_chat
 from parrot.config import EvaluateConfig, TrainConfig
 from parrot.console import run_program
 from parrot.data import Batch, Examples, is_held_out
+from parrot.files import sha256_of
 from parrot.optim import make_optimizer
 from parrot.records import Conversation, read_conversations
 from parrot.speaker import Speaker
@@ -102,7 +103,7 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
         accumulate_gradients(model, [batch], len(batch.targets), torch.float32)
         optimizer.step(), optimizer.zero_grad()
     weights.save_model(tmp_path / "model", model, tiny_tokenizer, torch.float32)
-    speaker = Speaker.load(str(tmp_path / "model"), torch.float32, "cpu")
+    speaker = Speaker.load("", tmp_path / "model", torch.float32, "cpu")
     greedy = evaluate.reply_table(speaker, [Conversation(messages, "here")] * 3, config)["greedy"]
     assert greedy["ended"] == stops and greedy["prompts"] == 3
     if stops:
@@ -110,7 +111,7 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
 
 
 def test_the_references_show_how_much_people_repeat_themselves(config, tiny_folder):
-    speaker = Speaker.load(str(tiny_folder), torch.float32, "cpu")
+    speaker = Speaker.load("", tiny_folder, torch.float32, "cpu")
     conversation = Conversation([{"role": "user", "content": "Count"}, {"role": "assistant", "content": "01230123"}], "here")
     assert len(speaker.tokenizer.encode("01230123")) == 8  # digits one by one: 1 of 5 4-grams stood before
     assert evaluate.reply_table(speaker, [conversation] * 2, config)["references"] == {"repeated": 0.2}
@@ -138,6 +139,7 @@ def run(config, records_file, monkeypatch, capsys):
         except SystemExit as error:
             status = error.code
         return (status, *capsys.readouterr())
+    run.data = data
     return run
 
 
@@ -172,6 +174,26 @@ def test_a_base_model_is_judged_in_plain_text_too(run, tiny_folder, tmp_path):
     plain, chat = json.loads(run(base, "--json")[1])
     assert (plain["format"], chat["format"]) == ("plain", "chat") and plain["loss"] != chat["loss"]
     assert chat["loss"]["all"][0] == pytest.approx(json.loads(run(tiny_folder, "--json")[1])[0]["loss"]["all"][0], rel=1e-3)
+
+
+def test_a_run_that_was_trained_on_what_it_is_measured_on(run, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    for fraction, told in ((0.3, False), (0.02, True)):  # run() holds out 0.3
+        (folder / "run.json").write_text(json.dumps({"config": {"val_fraction": fraction}, "data": {
+            "sha256": sha256_of(tmp_path / "records.jsonl")}}))
+        assert ("held out only 0.02 of this data" in run(folder)[2]) == told
+
+
+def test_records_that_are_bad_or_of_odd_categories(run, config, tiny_folder, records_file, tmp_path):
+    records = [{**each, "category": "all" if i % 5 else None} for i, each in enumerate(some_records(40))]
+    path = records_file(records)
+    run.data.write_text(path.read_text() + "not json\n")
+    status, _, err = run(tiny_folder)
+    assert status == 1 and "records.jsonl:41: not JSON" in err
+    status, out, _ = run(tiny_folder, "--skip-bad-records", "--json")
+    loss = json.loads(out)[0]["loss"]
+    assert status == 0 and list(loss) == ["all"] and loss["all"][2] == len(
+        [r for r in records if is_held_out([{"role": "user", "content": r["instruction"], "context": r["context"]}], 0.3)])
 
 
 def test_a_category_that_one_model_has_no_example_of():

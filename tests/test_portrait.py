@@ -10,7 +10,7 @@ from parrot.speaker import Speaker
 
 @pytest.fixture(scope="module")
 def speaker(tiny_folder):
-    return Speaker.load(str(tiny_folder), torch.float32, "cpu")
+    return Speaker.load("tiny", tiny_folder, torch.float32, "cpu")
 
 
 def test_probabilities_are_those_of_a_sum_over_the_vocabulary(speaker):

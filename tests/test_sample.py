@@ -2,11 +2,14 @@
 
 import io
 import os
+import shlex
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 
 import sample
 from parrot import sampling, speaker, weights
@@ -82,6 +85,15 @@ def test_a_chat_remembers_its_turns(ask, tiny_folder, monkeypatch):
     assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
     assert seen[1][0]["content"] == "Hi" and seen[1][2]["content"] == "And now?"
     assert sample.printable(seen[1][1]["content"]) in out
+
+
+def test_a_chat_with_bytes_that_are_no_text_or_with_nobody(tiny_folder, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(tiny_folder), "--device", "cpu", "--max-new-tokens", "3"]
+    done = subprocess.run(command, input=b"caf\xe9\n\n", capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0 and done.stdout and done.stderr.count(b"you> ") == 2
+    for closed in ("<&-", "2>&-"):
+        done = subprocess.run(["sh", "-c", shlex.join(command) + " " + closed], input="", capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "") and "Traceback" not in done.stderr
 
 
 def test_a_long_chat_forgets_its_oldest_turns(ask, tiny_folder):

@@ -1,5 +1,7 @@
 """Text to tokens and back, and no text that becomes a control token."""
 
+import json
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -14,6 +16,15 @@ def test_no_text_becomes_a_control_token(tokenizer):
     tokens = tokenizer.encode(HOSTILE)
     assert min(tokens) > 16
     assert tokenizer.decode(tokens) == HOSTILE
+
+
+def test_no_text_becomes_a_control_token_that_is_not_marked_as_special(tokenizer, tmp_path):
+    content = json.loads((tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for each in content["added_tokens"]:
+        each["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = Tokenizer(tmp_path)
+    assert ours.encode(HOSTILE) == tokenizer.encode(HOSTILE) and ours.decode([2, *ours.encode("Hi")]) == "Hi"
 
 
 def test_encoding_is_that_of_the_plain_library(tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,11 +140,12 @@ def wait_for_step(process, folder, step):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_resumes_to_the_same_bytes(number, status, config, tmp_path):
     c = config(epochs=20)
     train.train(config(epochs=20, out=str(tmp_path / "whole")))
-    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # tests may run under nohup
     wait_for_step(process, c.out, 13)
     process.send_signal(number)
     told = process.communicate()[1]
@@ -157,9 +159,37 @@ def test_a_stopped_run_resumes_to_the_same_bytes(number, status, config, tmp_pat
     assert metrics(c.out) == metrics(tmp_path / "whole")
 
 
+def test_a_run_that_nobody_listens_to_any_more_is_saved(config, tmp_path):
+    """`2>&1 | tee log`, where tee dies of the same Ctrl-C."""
+    c = config(epochs=1000, save_every=100_000)
+    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, cwd=tmp_path)
+    wait_for_step(process, c.out, 3)
+    process.send_signal(signal.SIGSTOP)  # so that it cannot write before it has the signal
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait() == 130 and os.listdir(os.path.join(c.out, "checkpoint"))
+
+
+def test_under_nohup_a_hangup_is_nothing(config, tmp_path):
+    c = config(epochs=20)
+    process = subprocess.Popen(["nohup", *command(c)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    wait_for_step(process, c.out, 3)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate() and process.returncode == 0
+
+
+def test_a_home_that_the_shell_did_not_expand(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train.train(config(out="~/my run", max_steps=1))
+    assert (tmp_path / "my run" / "model.safetensors").is_file()
+
+
 def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_path, records_file, monkeypatch, tiny_tokenizer):
     weights.save_model(tmp_path / "other", tiny_model(seed=9), tiny_tokenizer, torch.float32)
     c = config()
+    eps = shutil.copytree(c.weights, tmp_path / "eps")
+    (eps / "config.json").write_text((eps / "config.json").read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1'))
     interrupt_after(monkeypatch, 5)
     with pytest.raises(train.Interrupted):
         train.train(c)
@@ -167,6 +197,7 @@ def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_pa
     for changes, words in [({"learning_rate": 2e-2}, "--learning-rate was 0.01 and is now 0.02"),
                            ({"seed": 1}, "--seed was 0"), ({"epochs": 3}, "--epochs was 2 and is now 3"),
                            ({"weights": str(tmp_path / "other")}, "the weights' sha256"),
+                           ({"weights": str(eps)}, "the weights' sha256"),
                            ({"data": str(records_file(some_records(41), "more.jsonl"))}, "the data's sha256")]:
         with pytest.raises(UserError, match=words):
             train.train(config(resume=True, **changes))
@@ -202,13 +233,12 @@ def test_interrupted_before_the_first_step(config, monkeypatch):
     assert metrics(config().out) == metrics(config().out + "-whole")
 
 
-def test_two_processes_give_the_run_of_one(config, tmp_path):
-    """torchrun with gloo, a share of each step each; the last step of an epoch has one example."""
-    c = config(batch_size=32, epochs=3)
-    train.train(config(batch_size=32, epochs=3, out=str(tmp_path / "one")))
+@pytest.mark.parametrize("batch_size, epochs", [(32, 3), (1, 1)])
+def test_two_processes_give_the_run_of_one(batch_size, epochs, config, tmp_path):
+    """torchrun with gloo, a share of each step each; with one example a step, one of them has none."""
+    c = config(batch_size=batch_size, epochs=epochs)
+    train.train(config(batch_size=batch_size, epochs=epochs, out=str(tmp_path / "one")))
     assert json.load(open(tmp_path / "one" / "run.json"))["examples"] == 33
-    steps = [line["step"] for line in metrics(tmp_path / "one")]
-    assert len(set(steps)) == 7  # 33 examples: a step of 32 and one of 1, three times
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command(c)[1:]],
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -261,6 +291,22 @@ def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
     train.train(config(resume=True))
     train.train(config(out=config().out + "-whole"))
     assert weights_of(config().out) == weights_of(config().out + "-whole")
+
+
+def test_an_example_longer_than_the_context_is_refused(config, records_file):
+    long = records_file([{"prompt": "1" * 600, "completion": "A"}] * 9, "long.jsonl")
+    with pytest.raises(UserError, match=r"long.jsonl has an example of 6\d\d tokens, .* holds 512: set --max-length 512"):
+        train.train(config(data=str(long), val_fraction=0))
+    train.train(config(data=str(long), val_fraction=0, max_length=512, max_steps=1))
+
+
+def test_names_in_bytes_that_are_no_text(config, records_file):
+    """A file's name and a record's category that UTF-8 cannot express."""
+    data = records_file([{**each, "category": "\ud800"} for each in some_records(9)], "o\udce9x.jsonl")
+    c = config(data=str(data), max_steps=1)
+    train.train(c)
+    about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
+    assert about["config"]["data"] == c.data and list(about["counts"]["categories"]) == ["\ud800"]
 
 
 def test_there_is_nothing_to_resume(config, tmp_path):

@@ -18,6 +18,7 @@ from parrot.chat import CHAT_TEMPLATE, default_system, encode_prompt
 from parrot.console import UserError
 from parrot.model import LlamaConfig
 from parrot.sampling import generate
+from parrot.speaker import Speaker
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
                                                      return_dict=True)
     theirs = reference.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     saved, saved_tokenizer = weights.load(tmp_path)
-    stop = weights.stop_tokens(tmp_path, saved_tokenizer)
+    stop = weights.stop_tokens(saved_tokenizer, chats=True)
     assert stop == {0, 2}
     ours = [token for token, in generate(saved, [inputs["input_ids"][0].tolist()], stop, max_new_tokens=40,
                                          temperature=0, top_p=1)]
@@ -169,7 +170,7 @@ def test_whatever_the_configs_say_a_folder_loads_or_is_refused(changes, name, ti
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     try:
         model, tokenizer = weights.load(folder)
-        assert all(isinstance(token, int) for token in weights.stop_tokens(folder, tokenizer))
+        assert all(isinstance(token, int) for token in weights.stop_tokens(tokenizer, chats=True))
         default_system(tokenizer.chat_template or "")
     except UserError:
         pass
@@ -190,16 +191,25 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
         (folder / name).write_text(poison)
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})
     torch.save({NAME: torch.zeros(1)}, folder / "pytorch_model.bin")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ cycler.__init__.__globals__.os.system('touch poisoned') }}")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ cycler.__init__.__globals__.os.system('touch " + str(folder / "poisoned") + "') }}")
     monkeypatch.setattr(pickle, "Unpickler", None), monkeypatch.setattr(torch, "load", None)
     opened = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and opened is not None else None)
     model, tokenizer = weights.load(folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, default_system(tokenizer.chat_template))
-    list(generate(model, [prompt], weights.stop_tokens(folder, tokenizer), max_new_tokens=3, temperature=1, top_p=1))
+    list(generate(model, [prompt], weights.stop_tokens(tokenizer, chats=True), max_new_tokens=3, temperature=1, top_p=1))
     assert not (folder / "poisoned").exists()
     assert not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
     opened = None
+
+
+@pytest.mark.parametrize("format, stop", [("chat", {0, 2}), ("plain", {0}), ("auto", {0})])
+def test_where_a_base_model_stops(format, stop, folder):
+    """Like SmolLM2-135M: its configs know <|endoftext|> alone, and it has no template."""
+    (folder / "tokenizer_config.json").unlink()
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), "eos_token_id": 0}))
+    assert Speaker.of("", *weights.load(folder), format).stop == stop
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -92,7 +92,7 @@ def write_ours(tokens, samples=1):
     from parrot.device import pick_device
     from parrot.sampling import generate
     from parrot.speaker import Speaker
-    speaker = Speaker.load("instruct-q4", the_dtype(), pick_device("auto"))
+    speaker = Speaker.load("instruct-q4", hub.find_weights("instruct-q4").path, the_dtype(), pick_device("auto"))
     prompt, started = speaker.prompt([{"role": "user", "content": PROMPT}]), time.perf_counter()
     how = {"temperature": 0 if samples == 1 else 0.7, "top_p": 0.9, "samples_each": samples}
     written = sum(1 for _ in generate(speaker.model, [prompt], set(), max_new_tokens=tokens, **how))
