@@ -1,8 +1,10 @@
 """How the programs end: exit statuses, one line for people, nothing that a terminal obeys."""
 
+import signal
+
 import pytest
 
-from parrot.console import Interrupted, UserError, run_program, say
+from parrot.console import Interrupted, StopSignal, UserError, run_program, say
 
 CASES = [(UserError("no such \x1b[2Jfile"), 1, "error: no such \\x1b[2Jfile\n"),
          (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device\n"),
@@ -30,6 +32,18 @@ def test_every_end_has_its_status_and_words(error, status, words, capsys):
 def test_our_own_faults_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         run_program(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+@pytest.mark.parametrize("before, status", [(signal.SIG_DFL, 129), (signal.SIG_IGN, None)])
+def test_a_hangup_is_noted_but_not_under_nohup(before, status):
+    of_the_tests = signal.signal(signal.SIGHUP, before)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.status == status
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, of_the_tests)
 
 
 def test_one_of_several_processes_speaks(monkeypatch, capsys):

@@ -140,12 +140,11 @@ def wait_for_step(process, folder, step):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_resumes_to_the_same_bytes(number, status, config, tmp_path):
     c = config(epochs=20)
     train.train(config(epochs=20, out=str(tmp_path / "whole")))
-    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # tests may run under nohup
+    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     wait_for_step(process, c.out, 13)
     process.send_signal(number)
     told = process.communicate()[1]
@@ -169,14 +168,6 @@ def test_a_run_that_nobody_listens_to_any_more_is_saved(config, tmp_path):
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     assert process.wait() == 130 and os.listdir(os.path.join(c.out, "checkpoint"))
-
-
-def test_under_nohup_a_hangup_is_nothing(config, tmp_path):
-    c = config(epochs=20)
-    process = subprocess.Popen(["nohup", *command(c)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path)
-    wait_for_step(process, c.out, 3)
-    process.send_signal(signal.SIGHUP)
-    assert process.communicate() and process.returncode == 0
 
 
 def test_a_home_that_the_shell_did_not_expand(config, tmp_path, monkeypatch):
