@@ -94,12 +94,24 @@ class RunFolder:
     def open(self, about, resume):
         """Write run.json, or check on resume that nothing that matters is different."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
         if resume:
             check_same(read_json(self.path / "run.json"), about)
         write_json(self.path / "run.json", about)
         self.checkpoints.mkdir(exist_ok=True)
         self.metrics.touch()
         self.about = about
+
+    def _claim(self):
+        """Refuse a folder in which another process is at work: the two would delete each other's checkpoints."""
+        self.lock = open(self.path / "lock.part", "w")  # the kernel lets go of it when this process ends, however it ends
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another train.py is at work in {self.path}: wait until it ends, or stop it with Ctrl-C") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a disk without locks: there nobody watches
 
     @writing
     def log(self, **values):
@@ -151,6 +163,8 @@ class RunFolder:
         report.write(self.path)
         write_json(self.path / "run.json", {**self.about, "finished": True})
         shutil.rmtree(self.checkpoints)
+        self.lock.close()
+        (self.path / "lock.part").unlink()
 
     # ---- checkpoints
 

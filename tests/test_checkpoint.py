@@ -1,6 +1,7 @@
 """Saved whole or not at all: a crash at any point leaves the old checkpoint or the new one."""
 
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import tiny_model
 from parrot import checkpoint, files
 from parrot.checkpoint import Progress, RunFolder
 from parrot.config import TrainConfig
+from parrot.console import UserError
 from parrot.optim import make_optimizer
 
 
@@ -77,6 +79,19 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkey
     assert same(model, trained(progress.step)[0])
     folder.save(*trained(3), Progress(step=3))  # and what the crash left is no hindrance
     assert [path.name for path in (folder.path / "checkpoint").iterdir()] == ["step-000003"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    about = {"data": {"sha256": ""}, "weights": {"files": {}}, "config": asdict(TrainConfig())}
+    first = RunFolder(tmp_path / "run")
+    first.open(about, resume=False)
+    for resume in (True, False):
+        with pytest.raises(UserError, match="another train.py is at work in .*run"):
+            RunFolder(tmp_path / "run").open({**about, "device": "another"}, resume)
+    assert files.read_json(first.path / "run.json") == about
+    RunFolder(tmp_path / "run", writes=False).open(about, resume=True)  # torchrun's other processes
+    first.lock.close()  # as the kernel does for a process that dies
+    RunFolder(tmp_path / "run").open(about, resume=True)
 
 
 def test_metrics_are_rewound_to_the_checkpoint(folder):

@@ -4,6 +4,8 @@ import ast
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -38,7 +40,14 @@ def lines_of(paths):
 
 def test_the_code_stays_small():
     assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3240
+    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3245
+
+
+def test_every_name_is_defined_and_used():
+    """Of code that no other test runs, too: what needs a GPU, or peers to measure against."""
+    sources = [ROOT / name for name in ("parrot", "tests", "train.py", "sample.py")]
+    found = subprocess.run([sys.executable, "-m", "pyflakes", *sources], capture_output=True, text=True)
+    assert found.stdout + found.stderr == ""
 
 
 @pytest.mark.parametrize("name", MODULES)

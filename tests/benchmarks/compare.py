@@ -89,6 +89,7 @@ def train_trl(data, steps, **settings):
 
 def write_ours(tokens, samples=1):
     """Tokens a second of our replies, the prompt's reading included."""
+    from parrot import hub
     from parrot.device import pick_device
     from parrot.sampling import generate
     from parrot.speaker import Speaker
