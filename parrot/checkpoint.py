@@ -95,6 +95,7 @@ class RunFolder:
         """Write run.json, or check on resume that nothing that matters is different."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim()
+        self.begin(resume)  # once more: while we loaded, another may have begun here, or ended
         if resume:
             check_same(read_json(self.path / "run.json"), about)
         write_json(self.path / "run.json", about)
@@ -109,7 +110,7 @@ class RunFolder:
             import fcntl
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another train.py is at work in {self.path}: wait until it ends, or stop it with Ctrl-C") from None
+            raise UserError(f"another train.py is at work in {self.path}: wait until it ends, or stop it (Ctrl-C, kill)") from None
         except (ImportError, OSError):
             pass  # Windows, or a disk without locks: there nobody watches
 

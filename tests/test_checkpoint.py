@@ -91,7 +91,12 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert files.read_json(first.path / "run.json") == about
     RunFolder(tmp_path / "run", writes=False).open(about, resume=True)  # torchrun's other processes
     first.lock.close()  # as the kernel does for a process that dies
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        RunFolder(tmp_path / "run").open(about, resume=False)
     RunFolder(tmp_path / "run").open(about, resume=True)
+    files.write_json(tmp_path / "run" / "run.json", {**about, "finished": True})  # it ended while another loaded
+    with pytest.raises(UserError, match="is finished: there is nothing to resume"):
+        RunFolder(tmp_path / "run").open(about, resume=True)
 
 
 def test_metrics_are_rewound_to_the_checkpoint(folder):
