@@ -168,7 +168,10 @@ def _within(seconds, function):
 
 def cache_folder():
     """Where imported models, tokenised data and evaluations are kept: $XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "littleparrot"
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if place.startswith("~"):  # as in a container whose user has no name
+        raise UserError("there is no home folder to keep files in: set HOME, or XDG_CACHE_HOME, to a folder of yours")
+    return Path(place) / "littleparrot"
 
 
 def kept(name, make, at_most=None):

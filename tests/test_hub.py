@@ -288,6 +288,14 @@ def test_a_disk_that_is_full_when_tensors_are_written(monkeypatch, tmp_path):
     assert list((tmp_path / "littleparrot").iterdir()) == []
 
 
+def test_a_user_without_a_home(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: nobody by that number
+    with pytest.raises(UserError, match="set HOME, or XDG_CACHE_HOME"):
+        hub.find_weights("instruct-q4")
+
+
 def test_a_gguf_file_of_ones_own(monkeypatch, tmp_path):
     """Imported into the cache under its hash, once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
