@@ -48,7 +48,7 @@ def import_gguf(path, folder):
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     state = {}
     for name, array in tensors.items():
-        *_, part, _weight = name.split(".")
+        part = name.removesuffix(".weight").split(".")[-1]  # "bias" of a bias, which weights.py will refuse
         if part in heads:
             array = unpermute(array, heads[part])
         state[_hugging_face_name(name)] = torch.from_numpy(array.copy()).to(torch.bfloat16)
@@ -62,6 +62,8 @@ def _config(value, tensors):
     if value.get("llama.rope.scaling.type", "none") != "none":
         raise UserError(f"llama.rope.scaling.type is {value['llama.rope.scaling.type']!r}; only plain RoPE is supported")
     heads, size = value["llama.attention.head_count"], value["llama.embedding_length"]
+    if not isinstance(heads, int):
+        raise UserError(f"llama.attention.head_count is {heads!r:.60}; only layers that are all alike are supported")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": len(value["tokenizer.ggml.tokens"]), "hidden_size": size,

@@ -51,10 +51,10 @@ def test_damaged_files_are_named(gguf_file, tmp_path, spoil):
         import_gguf(path, tmp_path)
 
 
-def write_tiny_gguf(path, architecture="llama", **fields):
+def write_tiny_gguf(path, architecture="llama", heads=None):
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in fields.items():
-        writer.add_string(name, value)
+    if heads:
+        writer.add_head_count(heads), writer.add_embedding_length(4)
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
@@ -70,3 +70,24 @@ def test_missing_fields_are_named(tmp_path):
     write_tiny_gguf(tmp_path / "bare.gguf")
     with pytest.raises(UserError, match="llama.attention.head_count"):
         import_gguf(tmp_path / "bare.gguf", tmp_path)
+
+
+def test_layers_that_differ_are_refused_by_field(tmp_path):
+    write_tiny_gguf(tmp_path / "uneven.gguf", heads=[2, 4])
+    with pytest.raises(UserError, match=r"uneven.gguf: llama.attention.head_count is \[2, 4\]"):
+        import_gguf(tmp_path / "uneven.gguf", tmp_path)
+
+
+def test_biases_are_refused_by_name(gguf_file, tmp_path, monkeypatch):
+    """A q with a bias, as Qwen has it, goes into the folder under its own name; loading the folder refuses it."""
+    read = gguf.GGUFReader
+
+    def with_a_bias(path):
+        reader = read(path)
+        norm = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_norm.weight")
+        reader.tensors.append(norm._replace(name="blk.0.attn_q.bias"))
+        return reader
+    monkeypatch.setattr(gguf, "GGUFReader", with_a_bias)
+    import_gguf(gguf_file, tmp_path)
+    with pytest.raises(UserError, match="model.layers.0.self_attn.q_proj.bias"):
+        weights.load_model(tmp_path)

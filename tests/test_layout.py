@@ -40,7 +40,7 @@ def lines_of(paths):
 
 def test_the_code_stays_small():
     assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3248
+    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3250
 
 
 def test_every_name_is_defined_and_used():
