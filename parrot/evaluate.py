@@ -207,7 +207,7 @@ def evaluate(name, folder, format, conversations, config, data_hash):
             "format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
             "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)})
     kept = hub.kept(f"evaluations/{hashlib.sha256(key.encode()).hexdigest()[:24]}", measure)
-    return {"model": name, **read_json(kept / "results.json")}
+    return {"model": name, "data": Path(config.data).name, **read_json(kept / "results.json")}
 
 
 def formats_of(folder):
@@ -222,8 +222,8 @@ def with_error(mean, error):
 
 def rows_of(results):
     """All numbers as rows of text, a column for each model."""
-    rows = [["", *(each["model"] for each in results)], ["format", *(each["format"] for each in results)],
-            ["repetition penalty of all replies", *(f"{each['penalty']:g}" for each in results)]]
+    rows = [[title, *(form.format(**each) for each in results)] for title, form in (("", "{model}"), ("data", "{data}"),
+            ("held-out examples", "{loss[all][2]}"), ("format", "{format}"), ("repetition penalty of all replies", "{penalty:g}"))]
     for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
         rows.append([f"held-out loss, {name}", *(with_error(*each["loss"].get(name, (None, None))[:2]) for each in results)])
     for how, whose in (("greedy", "greedy replies"), ("sampled", "sampled replies"), ("references", "references")):

@@ -157,6 +157,8 @@ def test_models_side_by_side_and_from_the_cache_the_second_time(run, tiny_folder
     held_out = [r for r in some_records(40) if is_held_out([{"role": "user", "content": r["instruction"],
                                                              "context": r["context"]}], 0.3)]
     assert results[0]["loss"]["all"][2] == len(held_out)
+    assert [line.split() for line in table.splitlines()[1:3]] == [["data", *[run.data.name] * 2],
+                                                                  ["held-out", "examples", *[str(len(held_out))] * 2]]
     monkeypatch.undo()
 
 
