@@ -201,7 +201,8 @@ def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
     ("me/unknown", "the Hub has no such model"), ("me/private", "or it is private"), ("me/gated", "access to it"),
     ("me/broken", "status 500")])
 def test_what_the_hub_refuses_is_told(find, name, words):
-    assert f"wanted the model {name}" in message_of(find("weights", name)) and words in message_of(find("weights", name))
+    told = message_of(find("weights", name))
+    assert f"wanted the model {name}" in told and words in told
 
 
 def test_another_architecture_from_the_hub_is_refused_by_field(find):

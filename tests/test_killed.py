@@ -142,16 +142,22 @@ def outcome(folder):
             open(os.path.join(folder, "model.safetensors"), "rb").read())
 
 
+WHOLE = {}  # by dtype: where a run's folder lies makes no difference, so one does for all tests
+
+
 @pytest.fixture
 def whole(config, tmp_path):
     """(outcome, seconds, touches of the disk) of the run that nothing stopped."""
-    seconds = []
-    for name in ("warm", "again", "whole"):  # the first one waits for the imports
-        began = time.monotonic()
-        status, touches, told = Training(config(name), at_touch, 0, die).finish()
-        assert status == 0, told
-        seconds.append(time.monotonic() - began)
-    return outcome(tmp_path / "whole"), min(seconds), touches
+    dtype = config.keywords["dtype"]
+    if dtype not in WHOLE:
+        seconds = []
+        for name in ("warm", "again", "whole"):  # the first one waits for the imports
+            began = time.monotonic()
+            status, touches, told = Training(config(name), at_touch, 0, die).finish()
+            assert status == 0, told
+            seconds.append(time.monotonic() - began)
+        WHOLE[dtype] = outcome(tmp_path / "whole"), min(seconds), touches
+    return WHOLE[dtype]
 
 
 def end_of(config):
