@@ -13,89 +13,98 @@ from pathlib import Path
 
 import torch
 
-from parrot import hub
-from parrot.config import SampleConfig, parse
-from parrot.console import UserError, printable, run_program, say, side_by_side
-from parrot.device import pick
-from parrot.sampling import check_room, generate, replies
-from parrot.speaker import Speaker
-from parrot.tokenizer import StreamDecoder
+from parrot import fast
+from parrot.assistant import Assistant
+from parrot.config import SampleConfig
+from parrot.files import hub
+from parrot.files.tokenizer import StreamDecoder
+from parrot.sampling import generate, replies
+from parrot.system.command_line import parse
+from parrot.system.console import UserError, printable, run_program, say, side_by_side
+from parrot.system.device import pick
 
 
 def main():
     """Read the command line, and answer in the form that it asks for."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
+    fast.enabled = not config.plain
     if config.compare:
-        columns = [[name, "", *numbered(reply_texts(load_speaker(name, config), config.prompt, config))]
+        columns = [[printable(name), "", *several_replies(load(name, config), config)]
                    for name in config.compare]
         print(side_by_side(columns, shutil.get_terminal_size().columns))
         return
-    speaker = load_speaker(config.model or newest_run(), config)
+    assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
-        chat(speaker, config)
+        chat(assistant, config)
     elif config.num_samples > 1:
-        print("\n\n".join(numbered(reply_texts(speaker, config.prompt, config))))
+        print("\n\n".join(several_replies(assistant, config)))
     else:
-        stream(speaker, speaker.prompt([{"role": "user", "content": config.prompt}]), config)
+        prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
+        stream_reply(assistant, prompt, config)
 
 
 def newest_run():
     """The folder that was trained last, of the two that train.py writes by default."""
-    runs = [Path(p) for p in ("out/littleparrot", "out/quickstart") if Path(p, "model.safetensors").is_file()]
+    runs = [path.parent for path in Path("out").glob("*/model.safetensors")
+            if path.parent.name in ("littleparrot", "quickstart")]
     if not runs:
         raise UserError("nothing has been trained yet. Run: python train.py --quickstart   "
                         "(or name a model: --model instruct-q4)")
     return str(max(runs, key=lambda path: (path / "model.safetensors").stat().st_mtime))
 
 
-def load_speaker(name, config):
-    """Load the model `name` in the format that was asked for."""
-    device, dtype = pick(config)
-    one_reply = config.prompt is not None and config.num_samples == 1  # is written sooner than the weights are packed
-    return Speaker.load(name, hub.find_weights(name).path, dtype, device, config.format, pack=not one_reply)
+def load(name, config) -> Assistant:
+    """The model `name`, in the format that was asked for."""
+    device, dtype = pick(config.device, config.dtype)
+    one_reply = config.prompt is not None and config.num_samples == 1
+    return Assistant.load(name, hub.find_weights(name).path, dtype, device, config.format,
+                          writes=not one_reply)  # packing takes longer than one reply gains
 
 
-def how(speaker, config):
-    """The settings for sampling.generate."""
-    generator = torch.Generator(speaker.model.device)
+def settings(config):
+    """The settings of sampling.generate."""
+    names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-            "top_p": config.top_p, "repetition_penalty": config.repetition_penalty, "generator": generator}
+    return {"generator": generator, **{name: getattr(config, name) for name in names}}
 
 
-def stream(speaker, prompt, config):
+def stream_reply(assistant: Assistant, prompt, config):
     """Print one reply as it is written; returns its text."""
-    decoder = StreamDecoder(speaker.tokenizer)
-    for token, in generate(speaker.model, [prompt], speaker.stop, **how(speaker, config)):
+    decoder = StreamDecoder(assistant.tokenizer)
+    for [token] in generate(assistant.model, [prompt], assistant.stop, **settings(config)):
         print(printable(decoder.step(token)), end="", flush=True)
     print(printable(decoder.finish()), flush=True)
-    tell_if_cut(speaker, len(prompt), len(decoder.tokens), config)
-    return speaker.tokenizer.decode(decoder.tokens)
+    say_if_cut(assistant, len(prompt), len(decoder.tokens), config)
+    return assistant.tokenizer.decode(decoder.tokens)
 
 
-def reply_texts(speaker, text, config):
-    """The texts of --num-samples replies to `text`, written together."""
-    prompt = speaker.prompt([{"role": "user", "content": text}])
-    written = replies(speaker.model, [prompt], speaker.stop, samples_each=config.num_samples, **how(speaker, config))
-    tell_if_cut(speaker, len(prompt), max(len(tokens) for tokens, _ in written), config)
-    return [printable(speaker.tokenizer.decode(tokens)) for tokens, _ in written]
+def several_replies(assistant: Assistant, config):
+    """The texts of --num-samples replies, written together; numbered, if more than one."""
+    prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
+    written = replies(assistant.model, [prompt], assistant.stop, samples_each=config.num_samples,
+                      **settings(config))
+    longest = max(len(tokens) for tokens, _ in written)
+    say_if_cut(assistant, len(prompt), longest, config)
+    texts = [printable(assistant.tokenizer.decode(tokens)) for tokens, _ in written]
+    return texts if len(texts) == 1 else [f"[{i}] {text}" for i, text in enumerate(texts, 1)]
 
 
-def tell_if_cut(speaker, prompt_length, written, config):
+def say_if_cut(assistant: Assistant, prompt_length, length, config):
     """A word on stderr where a reply did not end by itself."""
-    room = check_room([prompt_length], speaker.model.config, config.max_new_tokens)
-    if written == room:
-        why = (f"--max-new-tokens {config.max_new_tokens}" if room == config.max_new_tokens else
-               f"the end of the model's context ({speaker.model.config.max_position_embeddings} tokens)")
-        say(f"[{speaker.name}: cut at {why}]")
+    if length == config.max_new_tokens:
+        say(f"[{assistant.name}: cut at --max-new-tokens {config.max_new_tokens}]")
+    elif prompt_length + length == assistant.model.config.max_position_embeddings:
+        say(f"[{assistant.name}: cut at the end of the model's context "
+            f"({prompt_length + length} tokens)]")
 
 
-def chat(speaker, config):
+def chat(assistant: Assistant, config):
     """A conversation that remembers its turns, until an empty line, Ctrl-D or Ctrl-C."""
-    if not speaker.chats:
-        raise UserError("a chat needs a model with a chat template, and not --format plain. Give a --prompt to go on with.")
-    say(f"Chatting with {speaker.name}. An empty line ends the chat.")
-    messages = []
+    if not assistant.chats:
+        raise UserError("a chat needs a model with a chat template: give a --prompt to continue")
+    say(f"Chatting with {assistant.name}. An empty line ends the chat.")
+    messages, context = [], assistant.model.config.max_position_embeddings
     while True:
         print("you> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip() if sys.stdin else ""
@@ -103,20 +112,15 @@ def chat(speaker, config):
             say("")
             return
         messages.append({"role": "user", "content": line})
-        context = speaker.model.config.max_position_embeddings
-        while len(prompt := speaker.prompt(messages)) > context * 3 // 4 and len(messages) > 1:
+        while len(prompt := assistant.prompt(messages)) > context * 3 // 4 and len(messages) > 1:
             messages = messages[2:]  # the oldest question and its reply
             say("[the oldest turn is forgotten: the context is full]")
         try:
-            messages.append({"role": "assistant", "content": stream(speaker, prompt, config)})
+            reply = stream_reply(assistant, prompt, config)
+            messages.append({"role": "assistant", "content": reply})
         except UserError as error:  # it does not fit: the chat goes on without it
             say(f"[{error}]")
             messages.pop()
-
-
-def numbered(texts):
-    """Give several texts numbers; leave a single one as it is."""
-    return texts if len(texts) == 1 else [f"[{i}] {text}" for i, text in enumerate(texts, 1)]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,58 @@
-"""Where tokens stand, and which earlier tokens each may look at.
+"""Attention: which tokens each token looks at, and how much of each it takes.
 
-The model is the same everywhere; only attention knows whether its N tokens are a *ribbon*
-(documents laid end to end, for training and for reading prompts) or the next tokens of
-several replies that look back into a *key/value cache*. Both answer two questions:
+The N tokens of a forward are either a *ribbon*, documents laid end to end (in training, and to
+read prompts), or the next tokens of several replies, which look back into a *key/value cache*. Both
+are layouts:
 
-    positions            (N,)  the place of each token in its own document, from 0
-    attend(layer, q, k, v)     q (N, H, D), k and v (N, K, D) -> (N, H, D)
+    positions                   (N,)  the position of each token in its own document, from 0
+    attend(layer, q, k, v)      q (N, H, D), k and v (N, K, D) -> (N, H, D)
 
 Shapes: N tokens, H query heads, K key/value heads (H is a multiple of K), D head size,
 B sequences, T cached positions.
 """
 
-import torch
-import torch.nn.functional as F
+from __future__ import annotations
 
-from parrot import tiles, varlen
-from parrot.device import send
+import math
+
+import torch
+
+from parrot import fast
+from parrot.fast.cached import FastStep
+from parrot.fast.ribbon import FastAttention
+from parrot.system.device import send
+
+
+def attention(q, k, v, visible):
+    """softmax(q k^T / sqrt(D)) v: a mean of the values, weighted by how well query and key agree.
+
+    q (..., H, n, D), k and v (..., K, m, D), visible (..., n, m) bool -> (..., H, n, D). Undivided,
+    a sum of D products would grow with sqrt(D), and softmax would pick one value and leave the rest
+    (arXiv:1706.03762). A query that agrees with the first key, and then may not see it:
+
+    >>> q, k = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> v = torch.tensor([[[10.0, 0.0], [0.0, 10.0]]])
+    >>> attention(q, k, v, torch.tensor([[True, True]]))  # e^(2 / sqrt(2)) : e^0 = 4.11 : 1
+    tensor([[[8.0443, 1.9557]]])
+    >>> attention(q, k, v, torch.tensor([[False, True]]))
+    tensor([[[ 0., 10.]]])
+    """
+    group = q.shape[-3] // k.shape[-3]  # so many query heads share a key/value head
+    k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))  # (..., H, m, D)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (..., H, n, m)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+def causal(n, device="cpu"):
+    """(n, n) bool: each token sees itself and what came before. Otherwise it would read the answer.
+
+    >>> causal(3).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 
 class Ribbon:
@@ -25,89 +62,87 @@ class Ribbon:
     tensor([0, 1, 2, 0, 1])
     """
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths: list[int], device="cpu"):
         self.lengths = lengths
         self.positions = send(torch.cat([torch.arange(n) for n in lengths]), device)  # (N,)
-        self.seams = send(varlen.seams(lengths), device) if varlen.works_on(device) else None
-        self.tiles = tiles.Tiles(lengths) if torch.device(device).type == "cpu" and max(lengths) <= tiles.LONGEST else None
+        self.fast = FastAttention(lengths, device) if fast.enabled else None  # fast/ribbon.py
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam."""
-        if self.seams is not None and varlen.takes(q):
-            return varlen.attend(q, k, v, self.seams, max(self.lengths))
-        if self.tiles is not None:
-            return self.tiles.attend(q, k, v)
-        documents = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)))  # each (heads, n, D)
-        return torch.cat([F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-                          for q, k, v in documents], dim=1).transpose(0, 1)  # (N, H, D)
+        if self.fast:
+            return self.fast.attend(q, k, v)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first: (heads, N, D)
+        outputs, start = [], 0
+        for length in self.lengths:
+            span = slice(start, start + length)
+            outputs.append(attention(q[:, span], k[:, span], v[:, span], causal(length, q.device)))
+            start += length
+        return torch.cat(outputs, dim=1).transpose(0, 1)  # (N, H, D)
 
 
 class KVCache:
-    """The keys and values of B sequences, so that a new token costs one token's work.
+    """The keys and values of B sequences, so that a new token costs the work of one token.
 
     First the prompts are read as a ribbon: `model(tokens, cache.prefill(lengths))`. Then each
     call of `model(tokens (B,), cache.step())` adds one token to every sequence.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
-        self.model_dtype = dtype  # prompts are read in it
-        if torch.device(device).type == "cpu":
-            dtype = torch.float32  # its small products are twice as fast as those of bfloat16
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads,
+                 capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
-        # Fixed shapes: the CPU need not wait for a GPU to tell the longest length, and captured.py can replay.
-        self.static = self.keys.device.type == "cuda"
 
-    def write(self, layer, here, k, v):
-        """Keep k and v (N, K, D) at `here`, an index of (B, K, T)."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[here], values[here] = k.to(keys.dtype), v.to(values.dtype)
+    def write(self, layer, index, k, v):
+        """Keep k and v (N, K, D) at `index`, an index of (B, K, T)."""
+        self.keys[layer][index] = k.to(self.keys.dtype)
+        self.values[layer][index] = v.to(self.values.dtype)
 
-    def prefill(self, lengths):
+    def prefill(self, lengths: list[int]) -> Prefill:
         """The ribbon of the B prompts, which writes into this cache as it attends."""
         self.filled = torch.tensor(lengths, device=self.keys.device)
-        return _Prefill(self, lengths)
+        return Prefill(self, lengths)
 
     def select(self, rows):
         """Keep these sequences (B', indices) in this order: some of them, or one several times."""
-        self.keys, self.values, self.filled = self.keys[:, rows], self.values[:, rows], self.filled[rows]
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.filled = self.filled[rows]
 
-    def step(self):
-        """Where the next token of every sequence stands."""
-        positions = self.filled.clone()
-        self.filled += 1  # in place: captured.py replays it
-        return _Step(self, positions)
+    def step(self) -> Step:
+        """The layout of the next token of every sequence."""
+        positions = self.filled.clone()  # (B,)
+        self.filled += 1  # in place, so that fast/captured.py can replay it
+        return FastStep(self, positions) if fast.enabled else Step(self, positions)
 
 
-class _Prefill(Ribbon):
-    def __init__(self, cache, lengths):
-        super().__init__(lengths, cache.keys.device)
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,) whose token it is
-        self.cache, self.here = cache, (rows.to(cache.keys.device), slice(None), self.positions)
+class Prefill(Ribbon):
+    """The prompts, as a ribbon that fills the cache."""
+
+    def __init__(self, cache: KVCache, lengths: list[int]):
+        device = cache.keys.device
+        super().__init__(lengths, device)
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
+        self.cache, self.index = cache, (rows.to(device), slice(None), self.positions)
 
     def attend(self, layer, q, k, v):
-        self.cache.write(layer, self.here, k, v)
-        return super().attend(layer, *(x.to(self.cache.model_dtype) for x in (q, k, v)))
+        self.cache.write(layer, self.index, k, v)
+        return super().attend(layer, q, k, v)
 
 
-class _Step:
-    def __init__(self, cache, positions):
-        self.cache, self.positions = cache, positions  # positions (B,): N = B here
-        first, last = (0, cache.keys.shape[3] - 1) if cache.static else positions.aminmax()
-        self.longest = int(last) + 1
-        if first == last:  # replies to one prompt: all stand at one place, and nothing lies beyond it
-            self.here, self.visible = (slice(None), slice(None), int(last)), None
-        else:
-            rows, places = (torch.arange(n, device=positions.device) for n in (len(positions), self.longest))
-            self.here = (rows, slice(None), positions)
-            self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
-        self.past = [x[:, :, :, :self.longest].unbind() for x in (cache.keys, cache.values)]  # at once: 30 slices take longer
+class Step:
+    """One new token for each of B sequences: N = B."""
+
+    def __init__(self, cache: KVCache, positions):
+        self.cache, self.positions = cache, positions
+        rows = torch.arange(len(positions), device=positions.device)
+        places = torch.arange(cache.keys.shape[3], device=positions.device)  # (T,)
+        self.index = (rows, slice(None), positions)
+        self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
-        self.cache.write(layer, self.here, k, v)
-        keys, values = self.past[0][layer], self.past[1][layer]  # (B, K, T, D)
-        q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D): as if H / K tokens asked
-        return F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible).flatten(1, 2).to(q.dtype)
+        self.cache.write(layer, self.index, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
+        q_rows = q[:, :, None].to(keys.dtype)  # (B, H, 1, D)
+        return attention(q_rows, keys, values, self.visible)[:, :, 0].to(q.dtype)

@@ -1,26 +1,27 @@
-r"""A conversation -> tokens, and which of them the model is trained to say.
+r"""A conversation -> tokens, and which of them are targets: what the model is trained to say.
 
-    messages                                  tokens                       supervised
-    {"role": "user", "content": "Hi"}         <|im_start|>user\nHi<|im_end|>\n      no
-    {"role": "assistant", "content": "Ho"}    <|im_start|>assistant\n               no
-                                              Ho<|im_end|>                          YES
-                                              \n                                    no
+    messages                                  tokens                               targets
+    {"role": "user", "content": "Hi"}         <|im_start|>user\nHi<|im_end|>\n     none
+    {"role": "assistant", "content": "Ho"}    <|im_start|>assistant\n              none
+                                              Ho<|im_end|>                         all
+                                              \n                                   none
 
-The flags are built with the tokens, by the code that writes the reply, so the end of the
-reply is always learned and nothing is ever masked for being equal to some padding token.
-See it on your own data: `python -m parrot.chat FILE`.
+The code that writes a reply flags its tokens, so its end is always a target (nothing is masked for
+being equal to a padding token), and the model learns to stop. See it: python -m parrot.chat FILE
 """
 
 import re
 import sys
+from dataclasses import dataclass
 from itertools import groupby, islice
 
-from parrot.console import UserError, printable, run_program, say
+from parrot.files import hub, records
+from parrot.files.tokenizer import Tokenizer
+from parrot.system.command_line import option, parse
+from parrot.system.console import UserError, printable, run_program, say
 
-ROLES = ("system", "user", "assistant")
-
-# What a trained folder carries, so that other software builds exactly our tokens. No system
-# turn is added, and the text is trimmed: white space before a reply would merge with the "\n".
+# What a trained folder carries, so that other software builds exactly our tokens. No system turn
+# is added, and texts are trimmed: white space before a reply would merge with the "\n".
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) + '<|im_end|>\\n' }}"
@@ -29,107 +30,132 @@ CHAT_TEMPLATE = (
 
 
 class Control(str):
-    """A control token's name, which only this file can put among the tokens."""
+    """The name of a control token. Only this file puts control tokens among the tokens."""
 
 
 IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
 
 
 def text_of(message):
-    """The words of a turn: its content, then its context (what a task is about), if any."""
+    """The text of a turn: its content, then its context (what a task is about), if any."""
     content, context = message["content"].strip(), message.get("context", "").strip()
     return f"{content}\n\n{context}" if context else content
 
 
 def pieces_of(messages):
-    """Messages -> [(text or Control, supervised)], the template itself.
+    """Messages -> [(text or Control, whether its tokens are targets)]: the template itself.
 
     >>> pieces_of([{"role": "assistant", "content": "Ho"}])[2:4]
     [('Ho', True), ('<|im_end|>', True)]
     """
     pieces = []
     for message in messages:
-        learned = message["role"] == "assistant"
-        if learned:
-            words = [("assistant\n", False), (text_of(message), True)]
+        pieces.append((IM_START, False))
+        if message["role"] == "assistant":
+            pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
         else:
-            words = [(f"{message['role']}\n{text_of(message)}", False)]
-        pieces += [(IM_START, False), *words, (IM_END, learned), ("\n", False)]
+            pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
+        pieces.append(("\n", False))
     return pieces
 
 
-def encode_pieces(conversations, tokenizer):
-    """Several lists of pieces -> [(tokens, supervised)], all texts encoded in one batch."""
-    texts = {text for pieces in conversations for text, _ in pieces if not isinstance(text, Control)}
-    ids = dict(zip(texts, tokenizer.encode_batch(list(texts))))
-    ids_of_control = {name: [tokenizer.control(name)] for name in (IM_START, IM_END)}
-    encoded = []
-    for pieces in conversations:
-        tokens, supervised = [], []
-        for text, learned in pieces:
-            new = ids_of_control[text] if isinstance(text, Control) else ids[text]
-            tokens += new
-            supervised += [learned] * len(new)
-        encoded.append((tokens, supervised))
-    return encoded
+def encode_pieces(conversations, tokenizer: Tokenizer):
+    """Lists of pieces -> the same lists with ids for texts. One batch, which uses all cores."""
+    texts = {text for pieces in conversations for text, _ in pieces}
+    ids = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
+    control_ids = {name: [tokenizer.control(name)] for name in (IM_START, IM_END)}
+
+    def ids_of(text):
+        return control_ids[text] if isinstance(text, Control) else ids[text]
+    return [[(ids_of(text), is_target) for text, is_target in pieces] for pieces in conversations]
 
 
-def encode_chat(messages, tokenizer):
-    """Messages -> (tokens, supervised), two lists of one length."""
-    return encode_pieces([pieces_of(messages)], tokenizer)[0]
+def join(encoded):
+    """[(ids, whether they are targets)] -> (tokens, is_target), two lists of one length.
+
+    >>> join([([5, 6], False), ([7, 8], True)])
+    ([5, 6, 7, 8], [False, False, True, True])
+    """
+    tokens = [token for ids, _ in encoded for token in ids]
+    is_target = [flag for ids, flag in encoded for _ in ids]
+    return tokens, is_target
+
+
+def encode_chat(messages, tokenizer: Tokenizer):
+    """Messages -> (tokens, is_target), two lists of one length."""
+    return join(encode_pieces([pieces_of(messages)], tokenizer)[0])
 
 
 def with_system(messages, system):
-    """The messages, begun with the turn `system`, if any, where they have no system turn of their own."""
-    return [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
+    """The messages, after the system turn `system` where they have none of their own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
-def encode_prompt(messages, tokenizer, system=None):
-    """Messages, after `with_system` -> the tokens after which the model writes the assistant's reply."""
-    pieces = [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
-    return encode_pieces([pieces], tokenizer)[0][0]
+def encode_prompt(messages, tokenizer: Tokenizer, system=None):
+    """Messages, after `with_system` -> the tokens after which the model writes its reply."""
+    pieces = pieces_of(with_system(messages, system))
+    pieces += [(IM_START, False), ("assistant\n", False)]
+    return join(encode_pieces([pieces], tokenizer)[0])[0]
 
 
 def default_system(template):
-    r"""The system turn that a ChatML template puts in where there is none, or None.
+    r"""The system turn that a ChatML template adds where there is none, or None.
 
-    Read from the template's text, because running a downloaded template is running a program.
+    It is read from the text: running a downloaded template would be running a program.
     >>> default_system("{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}")
     'You are kind.'
     """
     if IM_START not in template or IM_END not in template:
         raise UserError("the model's chat template is not ChatML (<|im_start|> ... <|im_end|>): "
-                        "take another, or let sample.py --format plain go on with a text")
-    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>", template)
-    return found.group(1) if found else None
+                        "use another model, or sample.py --format plain to continue a text")
+    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>", template)
+    return match and match[1]
 
 
-def pieces_of_view(tokens, supervised, tokenizer):
-    """Tokens as text, control tokens by name -> [[text, whether it is supervised]]."""
-    return [[tokenizer.decode_with_control([token for token, _ in run]), bool(learned)]
-            for learned, run in groupby(zip(tokens, supervised), key=lambda pair: pair[1])]
+# ---- the view
+
+def spans_of(tokens, is_target, tokenizer: Tokenizer):
+    """Tokens as text, control tokens by name -> [[text, whether it is a target]]."""
+    runs = groupby(zip(tokens, is_target, strict=True), key=lambda pair: bool(pair[1]))
+    return [[tokenizer.decode_with_control(token for token, _ in run), flag] for flag, run in runs]
 
 
-def coloured(tokens, supervised, tokenizer, colour=True):
-    """Tokens as text for the terminal: what is supervised in green (without colours: in «»)."""
+def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):
+    """Tokens as text for the terminal, targets in green (without colours: in «»)."""
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
-    return "".join(before + printable(text) + after if learned else printable(text)
-                   for text, learned in pieces_of_view(tokens, supervised, tokenizer))
+    return "".join(before + printable(text) + after if flag else printable(text)
+                   for text, flag in spans_of(tokens, is_target, tokenizer))
+
+
+def token_rows(tokens, is_target, tokenizer: Tokenizer):
+    """A row of text per token: its id, whether it is a target, its text, quoted if it is text."""
+    for token, flag in zip(tokens, is_target, strict=True):
+        is_control = not tokenizer.decode([token])
+        text = tokenizer.decode_with_control([token])
+        yield f"{token:6}  {'target' if flag else '':6}  {text if is_control else repr(text)}"
+
+
+@dataclass
+class ViewConfig:
+    """python -m parrot.chat"""
+    file: list[str] = option(None, "a data file, and perhaps a model, whose tokenizer to take")
+    tokens: bool = option(False, "a row per token: its id, whether it is a target, its text")
 
 
 def main():
-    """python -m parrot.chat FILE [MODEL]: the first five records of FILE, supervised tokens marked."""
-    from parrot import hub, records  # they build on this module; only this view needs them
-    from parrot.tokenizer import Tokenizer
-    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
-        say(f"usage: {main.__doc__.split(':')[0]}   (MODEL: whose tokenizer, default instruct-q4)")
-        sys.exit(2)
-    tokenizer = Tokenizer(hub.find_weights((sys.argv[2:] or ["instruct-q4"])[0]).path)
-    conversations = records.read_conversations(hub.find_data(sys.argv[1]).path)
-    for conversation in islice(conversations, 5):
-        tokens, supervised = encode_chat(conversation.messages, tokenizer)
-        say(f"--- {conversation.source}: {len(tokens)} tokens, {sum(supervised)} supervised")
-        print(coloured(tokens, supervised, tokenizer, colour=sys.stdout.isatty()))
+    """Show the first five records of a file, targets marked."""
+    config = parse(ViewConfig, sys.argv[1:], main.__doc__)
+    name, model = [*config.file, "instruct-q4"][:2]
+    tokenizer = Tokenizer(hub.find_weights(model).path)
+    for conversation in islice(records.read_conversations(hub.find_data(name).path), 5):
+        tokens, is_target = encode_chat(conversation.messages, tokenizer)
+        say(f"--- {conversation.source}: {len(tokens)} tokens, {sum(is_target)} of them targets")
+        if config.tokens:
+            print(*token_rows(tokens, is_target, tokenizer), sep="\n")
+        else:
+            print(coloured(tokens, is_target, tokenizer, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Conversations -> examples -> ribbons.
 
-A *conversation* (records.py) becomes an *example*: tokens and supervised flags, kept in flat
-arrays. A *ribbon* is a micro-batch: examples laid end to end, no padding, with the rows that
-are supervised. Every choice here is a pure function of the records and the seed.
+A *conversation* (files/records.py) becomes an *example*: tokens, and for each whether it is a
+target. A *ribbon* is a micro-batch: examples laid end to end, without padding, with the rows that
+have a target. Every choice here is a pure function of the records and the seed.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -16,21 +19,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import hub, store
+from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, pieces_of, text_of
-from parrot.console import UserError
-from parrot.device import send
-from parrot.files import read_json, sha256_of, write_json
-from parrot.records import read_conversations, source_of
-from parrot.shorten import fit
+from parrot.chat import encode_pieces, join, pieces_of, text_of
+from parrot.files import cache, examples, records, tokenizer
+from parrot.files.examples import Examples
+from parrot.files.records import read_conversations, source_of
+from parrot.files.tokenizer import Tokenizer
+from parrot.system.console import UserError
+from parrot.system.device import send
+from parrot.system.disk import read_json, sha256_of, write_json
+
+# Editing what makes the tokens must change them: the source is part of the cache's key.
+CODE = cache.source_hash(__file__, chat, examples, records, tokenizer)
 
 
 def is_held_out(messages, fraction):
     """Whether a conversation is kept from training: by the hash of its prompt alone.
 
-    So the same prompt never stands on both sides, and neither the order of the file nor the
-    seed changes the split. Case and white space do not count.
+    So the same prompt never stands on both sides, and neither the order of the file nor the seed
+    changes the split. Case and white space do not count.
     """
     prompt = [" ".join(text_of(message).lower().split())
               for message in takewhile(lambda message: message["role"] != "assistant", messages)]
@@ -40,147 +48,106 @@ def is_held_out(messages, fraction):
 
 # ---- conversations -> examples
 
-class Examples:
-    """Tokenised conversations, end to end in flat arrays (few bytes a token, no objects)."""
+def load_examples(path, tokenizer: Tokenizer, max_length, val_fraction, skip_bad=False):
+    """A file -> (train Examples, held-out Examples, notes), from the cache if it is there.
 
-    def __init__(self, tokens, supervised, starts, lengths, numbers, source=""):
-        """tokens and supervised (all tokens,); of each example where it starts, its length, its record's number."""
-        self.tokens, self.supervised = tokens, supervised
-        self.starts, self.lengths, self.numbers = starts, lengths, numbers
-        self._source = source  # what stands before the number: "data.jsonl:"
-
-    @classmethod
-    def of(cls, parts):
-        """[(tokens, supervised)] -> Examples in memory."""
-        lengths = np.array([len(tokens) for tokens, _ in parts])
-        tokens, supervised = (np.concatenate([np.asarray(each) for each in side]) for side in zip(*parts))
-        return cls(tokens, supervised, lengths.cumsum() - lengths, lengths, np.arange(len(parts)))
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, index):
-        """(tokens, supervised) of one example, two arrays of one length."""
-        span = slice(self.starts[index], self.starts[index] + self.lengths[index])
-        return self.tokens[span], self.supervised[span]
-
-    def source(self, index):
-        """Where an example came from: file and line."""
-        return f"{self._source}{self.numbers[index]}"
-
-
-@dataclass
-class Counts:
-    """What happened to the records on their way, to be told before training begins."""
-    context_cut: int = 0
-    reply_cut: int = 0
-    dropped: int = 0  # too long: nothing supervised was left
-    bad: int = 0
-    first_bad: list = field(default_factory=list)
-    categories: dict = field(default_factory=dict)  # of all examples, held out or not
-    shown: list = field(default_factory=list)  # messages of a few held-out prompts, for the report
-
-    def __str__(self):
-        """One line for each thing that happened at all."""
-        lines = [
-            (self.context_cut, "too long: the middle of a context or of a long prompt was cut out"),
-            (self.reply_cut, "too long: the end of a reply was cut off, and its stop token is not learned"),
-            (self.dropped, "dropped: the prompt alone is too long"),
-            (self.bad, "bad, left out: " + "; ".join(self.first_bad))]
-        return "\n".join(f"{count} {what}" for count, what in lines if count)
-
-
-def load_examples(path, tokenizer, max_length, val_fraction, skip_bad=False):
-    """A file -> (train Examples, held-out Examples, Counts); from the cache where it was read before."""
+    notes: {"told": lines for the user, "categories": {name: count}, "prompts": a few held out}.
+    """
     path = Path(path)
-    recipe = [2, path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"), max_length, val_fraction, skip_bad]
+    recipe = [path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"),
+              max_length, val_fraction, skip_bad, CODE]
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
     def encode(folder):
-        counts = Counts()
-        store.write(folder, encode_file(path, tokenizer, max_length, val_fraction, skip_bad, counts), tokenizer.vocab_size)
-        write_json(folder / "counts.json", asdict(counts))
-    folder = hub.kept(f"data/{name}", encode, at_most=8)
-
-    counts = Counts(**read_json(folder / "counts.json"))
-    tokens, supervised, index = store.read(folder, tokenizer.vocab_size)
-    starts = index[:, 0].cumsum() - index[:, 0]
-
-    def side(held_out):
-        rows = index[:, 2] == held_out
-        return Examples(tokens, supervised, starts[rows], index[rows, 0], index[rows, 1], source_of(path))
-    train, held_out = side(False), side(True)
+        notes = {}
+        encoded = encode_file(path, tokenizer, max_length, val_fraction, skip_bad, notes)
+        examples.write(folder, encoded, tokenizer.vocab_size)
+        write_json(folder / "notes.json", notes)
+    folder = cache.kept(f"data/{name}", encode, at_most=8)
+    notes = read_json(folder / "notes.json")
+    train, held_out = examples.read(folder, tokenizer.vocab_size, source_of(path))
     if not len(train):
-        told = f" ({counts})" if str(counts) else ""
-        raise UserError(f"{path}: no example to train on{told}; {len(held_out)} held out by "
+        reason = f" ({'; '.join(notes['told'])})" if notes["told"] else ""
+        raise UserError(f"{path}: no example to train on{reason}; {len(held_out)} held out by "
                         f"--val-fraction {val_fraction}")
-    return train, held_out, counts
+    return train, held_out, notes
 
 
-def encode_file(path, tokenizer, max_length, val_fraction, skip_bad, counts):
-    """Yield (tokens, supervised, record number, held out) of every conversation, filling `counts`."""
-    bad = [] if skip_bad else None
-    conversations = read_conversations(path, bad)
-    categories = Counter()
+def encode_file(path, tokenizer: Tokenizer, max_length, val_fraction, skip_bad, notes: dict):
+    """Yield (tokens, is_target, record number, held out) of each conversation; fill `notes`."""
+    bad, too_long, categories, prompts = [], 0, Counter(), []
+    conversations = read_conversations(path, bad if skip_bad else None)
     with tqdm(desc="reading", unit=" records", leave=False) as bar:
         while chunk := list(islice(conversations, 4096)):
-            encoded = encode_pieces([pieces_of(each.messages) for each in chunk], tokenizer)
-            for conversation, (tokens, supervised) in zip(chunk, encoded):
+            encoded = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
+            for conversation, pieces in zip(chunk, encoded, strict=True):
+                tokens, is_target = join(pieces)
                 if len(tokens) > max_length:
-                    tokens, supervised, cut = fit(conversation.messages, tokenizer, max_length)
-                    counts.context_cut += cut == "context" and any(supervised)
-                    counts.reply_cut += cut == "reply" and any(supervised)
-                if not any(supervised):
-                    counts.dropped += 1
+                    too_long += 1
                     continue
-                held_out = is_held_out(conversation.messages, val_fraction)
-                if held_out and len(counts.shown) < 3 and len(tokens) < 200 and len(conversation.messages) == 2:
-                    counts.shown.append(conversation.messages[:1])
                 categories[conversation.category or "none given"] += 1
-                yield tokens, supervised, conversation.number, held_out
+                held_out = is_held_out(conversation.messages, val_fraction)
+                if held_out and len(tokens) < 200 and len(conversation.messages) == 2:
+                    prompts.append(conversation.messages[:1])
+                yield tokens, is_target, conversation.number, held_out
             bar.update(len(chunk))
-    counts.categories = dict(categories.most_common(20))
-    counts.bad, counts.first_bad = len(bad or ()), (bad or [])[:3]
+    told = [f"{too_long} left out: longer than --max-length {max_length}"] if too_long else []
+    if bad:
+        told.append(f"{len(bad)} bad, left out: {'; '.join(bad[:3])}")
+    notes |= {"told": told, "categories": dict(categories.most_common(20)), "prompts": prompts[:3]}
 
 
 # ---- examples -> ribbons
 
 @dataclass
 class Batch:
-    """One forward's worth: a ribbon of N tokens, and the S rows that have a target."""
+    """What one forward takes: a ribbon of N tokens, and the S rows that have a target.
+
+    Row r predicts the token after it, so its target is token r + 1: the shift by one. Of the
+    examples [5, 6, (7), (8)] and [9, (10), (11)], targets in brackets:
+
+        position on the ribbon    0   1   2   3   4   5   6
+        token                     5   6   7   8   9  10  11
+        row -> its target             7   8      10  11
+
+    >>> two = Examples.of([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])])
+    >>> batch = Batch.of(two, [0, 1])
+    >>> batch.rows.tolist(), batch.targets.tolist()
+    ([1, 2, 4, 5], [7, 8, 10, 11])
+    """
     tokens: torch.Tensor  # (N,)
     ribbon: Ribbon
-    rows: torch.Tensor  # (S,) row r is supervised when token r + 1 is one to learn
-    targets: torch.Tensor  # (S,) that token
+    rows: torch.Tensor  # (S,)
+    targets: torch.Tensor  # (S,)
 
     @classmethod
-    def of(cls, examples, indices, device="cpu"):
+    def of(cls, examples: Examples, indices, device="cpu"):
         """The ribbon of some examples."""
         parts = [examples[index] for index in indices]
-        tokens = np.concatenate([t for t, _ in parts]).astype(np.int64)
-        # The first token of a document is never supervised, as nothing stands before it. So row r
-        # and its target r + 1 always lie in the same document.
-        rows = np.flatnonzero(np.concatenate([s for _, s in parts])) - 1
-        ribbon = Ribbon([len(t) for t, _ in parts], device)
-        tokens, rows, targets = (send(torch.from_numpy(x), device) for x in (tokens, rows, tokens[rows + 1]))
+        tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
+        # A document's first token is never a target, so a row and its target never lie in two.
+        rows = np.flatnonzero(np.concatenate([is_target for _, is_target in parts])) - 1
+        ribbon = Ribbon([len(tokens) for tokens, _ in parts], device)
+        arrays = (tokens, rows, tokens[rows + 1])
+        tokens, rows, targets = (send(torch.from_numpy(array), device) for array in arrays)
         return cls(tokens, ribbon, rows, targets)
 
 
-def steps_an_epoch(examples, batch_size):
-    """So many that none has more than `batch_size` examples."""
-    return -(-len(examples) // batch_size)
+def steps_per_epoch(examples: Examples, batch_size):
+    """So many that no step has more than `batch_size` examples."""
+    return math.ceil(len(examples) / batch_size)
 
 
-def examples_of_step(step, examples, batch_size, seed):
-    """The indices of optimizer step `step` (from 0): each example once an epoch, shuffled anew each time.
+def examples_of_step(step, examples: Examples, batch_size, seed):
+    """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    A pure function, so a resumed run sees exactly what the uninterrupted one would have. Steps differ
-    by one example at most: a last one of what is left, three perhaps, would move the weights as far.
+    A pure function, so a resumed run sees what the uninterrupted one would have. Steps differ by
+    one example at most: a last step of three, say, would move the weights as far as one of 64.
     """
-    steps = steps_an_epoch(examples, batch_size)
-    epoch, place = divmod(step, steps)
+    steps = steps_per_epoch(examples, batch_size)
+    epoch, step_of_epoch = divmod(step, steps)
     order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-    return np.array_split(order, steps)[place]
+    return np.array_split(order, steps)[step_of_epoch]
 
 
 def micro_batches(indices, lengths, max_examples, max_tokens):
@@ -192,7 +159,8 @@ def micro_batches(indices, lengths, max_examples, max_tokens):
     batches, tokens = [], 0
     for index in indices:
         tokens += lengths[index]
-        if not batches or len(batches[-1]) == max_examples or (max_tokens and tokens > max_tokens):
+        full = not batches or len(batches[-1]) == max_examples
+        if full or (max_tokens and tokens > max_tokens):
             batches.append([])
             tokens = lengths[index]
         batches[-1].append(index)

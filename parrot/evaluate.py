@@ -2,45 +2,45 @@
 
     python -m parrot.evaluate instruct-q4 out/littleparrot
 
-    held-out loss   nats a token on replies that no training saw, for each category
-    replies         to held-out prompts: do they end by themselves, how long are they beside the
-                    reference, how often do they repeat themselves, how much of it do they hit
+    held-out loss   nats per token, on replies that were not trained on, for each category
+    replies         to held-out prompts: do they end, their length, repetitions, ROUGE-L
     facts           short questions with known answers (questions.jsonl)
-
-Results are kept in the user's cache by the hashes of model, data and settings.
 """
 
-import hashlib
 import json
 import math
 import random
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import card, hub, report
-from parrot.chat import text_of, with_system
-from parrot.config import EvaluateConfig, parse
-from parrot.console import UserError, printable, run_program, say
-from parrot.data import Batch, Examples, is_held_out, micro_batches
-from parrot.device import pick, tokens_a_forward
-from parrot.files import read_json, sha256_of, write_json
-from parrot.records import read_conversations
+from parrot import fast
+from parrot.assistant import Assistant
+from parrot.chat import encode_chat, join, text_of, with_system
+from parrot.config import EvaluateConfig
+from parrot.data import Batch, is_held_out, micro_batches
+from parrot.files import hub
+from parrot.files.examples import Examples
+from parrot.files.records import read_conversations
+from parrot.files.tokenizer import Tokenizer
+from parrot.run import card, report
+from parrot.run.folder import public_name
 from parrot.sampling import replies
-from parrot.shorten import fit
-from parrot.speaker import Speaker
-from parrot.tokenizer import Tokenizer
+from parrot.system.command_line import parse
+from parrot.system.console import UserError, printable, run_program, say
+from parrot.system.device import pick, tokens_per_forward
+from parrot.system.disk import sha256_of, write_json
 from parrot.training import token_losses
 
-QUESTIONS = Path(__file__).with_name("questions.jsonl")  # the first three are shown in full
+FACTS = Path(__file__).with_name("questions.jsonl")  # the replies to the first three are shown
+TOTAL = ""  # the name of all categories together: no category has it
+MEASURES = {"ended": ("ended by themselves", "{:.1%}"), "length": ("length / reference", "{:.2f}"),
+            "repeated": ("repeated 4-grams", "{:.1%}"), "rouge_l": ("ROUGE-L", "{:.3f}")}
 
-
-# ---- measures of text, each a pure function
 
 def share_repeated(replies, n=4):
     """Of all n-grams of the replies' tokens, the share that stood before in the same reply.
@@ -48,8 +48,9 @@ def share_repeated(replies, n=4):
     >>> share_repeated([[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3, 4, 5, 6]])
     0.25
     """
-    grams = [[tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)] for tokens in replies]
-    return sum(len(each) - len(set(each)) for each in grams) / max(sum(map(len, grams)), 1)
+    grams = [(number, *tokens[i:i + n]) for number, tokens in enumerate(replies)
+             for i in range(len(tokens) - n + 1)]
+    return (len(grams) - len(set(grams))) / max(len(grams), 1)
 
 
 def rouge_l(reply, reference):
@@ -58,13 +59,14 @@ def rouge_l(reply, reference):
     >>> rouge_l("the cat sat", "the cat on the mat sat")
     0.6666666666666666
     """
-    a, b = (re.findall(r"\w+", text.lower()) for text in (reply, reference))
-    lengths = [0] * (len(b) + 1)  # of the common subsequence with the first j words of b
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
-    return 2 * lengths[-1] / (len(a) + len(b)) if a and b else 0.0
+    words, others = (re.findall(r"\w+", text.lower()) for text in (reply, reference))
+    before = [0] * (len(others) + 1)  # entry j: the longest with the first j others
+    for word in words:
+        longest = [0]
+        for j, other in enumerate(others):
+            longest.append(before[j] + 1 if word == other else max(before[j + 1], longest[j]))
+        before = longest
+    return 2 * before[-1] / max(len(words) + len(others), 1)
 
 
 def is_right(reply, accepted):
@@ -73,201 +75,229 @@ def is_right(reply, accepted):
     >>> is_right("It is the planet Mercury.", ["mercury"]), is_right("A mercurial one", ["mercury"])
     (True, False)
     """
-    return any(re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) for answer in accepted)
+    return any(re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower())
+               for answer in accepted)
 
 
 def mean_and_error(losses, counts):
-    """Mean loss a token, and its standard error (None of a single example).
+    """Mean loss per token, and its standard error (None of a single example).
 
-    Examples are what was drawn at random, not tokens: the error is that of a ratio of sums.
+    Examples were drawn at random, not tokens: the error is that of a ratio of sums.
     """
     mean, n = losses.sum() / counts.sum(), len(losses)
-    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1) if n > 1 else None
-    return float(mean), None if spread is None else float(math.sqrt(spread) / counts.sum())
+    if n == 1:
+        return float(mean), None
+    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1)
+    return float(mean), float(math.sqrt(spread) / counts.sum())
 
 
-# ---- the held-out loss
+def encode(messages, assistant: Assistant):
+    """Messages in the assistant's format -> (tokens, is_target).
 
-def encode(messages, speaker, max_length):
-    """Messages in the format of the speaker -> (tokens, supervised)."""
-    if not speaker.chats:
-        return as_plain_text(messages, speaker, max_length)
-    return fit(with_system(messages, speaker.system), speaker.tokenizer, max_length)[:2]
-
-
-def as_plain_text(messages, speaker, max_length):
-    """What a base model might have read: the turns as paragraphs, a reply ending with its end of text."""
-    tokens, supervised = [], []
+    Without a template what a base model might have read: paragraphs, replies before an end of text
+    """
+    if assistant.chats:
+        return encode_chat(with_system(messages, assistant.system), assistant.tokenizer)
+    encoded = []
     for message in messages:
-        learned = message["role"] == "assistant"
-        end = sorted(speaker.stop)[:1] if learned else speaker.tokenizer.encode("\n\n")
-        new = speaker.tokenizer.encode(text_of(message)) + end
-        tokens, supervised = tokens + new, supervised + [learned] * len(new)
-    supervised[0] = False  # nothing stands before it to be predicted from
-    return tokens[:max_length], supervised[:max_length]
+        is_target = message["role"] == "assistant"
+        end = sorted(assistant.stop)[:1] if is_target else assistant.tokenizer.encode("\n\n")
+        encoded.append((assistant.tokenizer.encode(text_of(message)) + end, is_target))
+    tokens, is_target = join(encoded)
+    return tokens, [False, *is_target[1:]]  # nothing stands before the first to predict it from
 
 
-def prompt_of(messages, speaker):
+def prompt_of(messages, assistant: Assistant):
     """The tokens that a reply to `messages` follows."""
-    return speaker.prompt(messages) if speaker.chats else as_plain_text(messages, speaker, None)[0]
+    return assistant.prompt(messages) if assistant.chats else encode(messages, assistant)[0]
 
 
 @torch.no_grad()
-def losses_of(speaker, examples, max_tokens):
-    """The loss of each example, summed over its supervised tokens (n,), and their counts (n,)."""
-    losses, counts = np.zeros(len(examples)), np.array([supervised.sum() for _, supervised in examples])
+def losses_of(assistant: Assistant, examples: Examples):
+    """The loss of each example, summed over its targets (n,), and their numbers (n,)."""
+    model, sums = assistant.model, np.zeros(len(examples))
+    counts = np.array([is_target.sum() for _, is_target in examples])
+    max_tokens = tokens_per_forward(model, model.dtype)
     for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
-                        desc=f"{speaker.name}: held-out loss", leave=False):
-        batch = Batch.of(examples, indices, speaker.model.device)
-        each = token_losses(speaker.model, batch, speaker.model.dtype).cpu().double()  # (S,)
-        losses[indices] = [some.sum().item() for some in each.split(counts[indices].tolist())]
-    return losses, counts
+                        desc=f"{assistant.name}: held-out loss", leave=False):
+        batch = Batch.of(examples, indices, model.device)
+        losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
+        parts = losses.split(counts[indices].tolist())
+        sums[indices] = [part.sum().item() for part in parts]
+    return sums, counts
 
 
-def loss_table(speaker, conversations, config):
-    """{"all": [mean, standard error, examples], category: ...}"""
-    parts = [encode(conversation.messages, speaker, config.max_length) for conversation in conversations]
-    kept = [i for i, (_, supervised) in enumerate(parts) if any(supervised)]
-    if not kept:
+def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
+    """{category: [mean, standard error, number of examples]}; TOTAL: of all examples."""
+    parts, categories = [], []
+    for conversation in conversations:
+        tokens, is_target = encode(conversation.messages, assistant)
+        if any(is_target) and len(tokens) <= config.max_length:
+            parts.append((tokens, is_target))
+            categories.append(conversation.category)
+    if not parts:
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
-    examples = Examples.of([parts[i] for i in kept])
-    losses, counts = losses_of(speaker, examples, tokens_a_forward(speaker.model, speaker.model.dtype))
-    categories = np.array([conversations[i].category for i in kept])
-    groups = {name: categories == name for name in sorted(set(categories) - {""})} | {"all": np.ones(len(kept), bool)}
-    return {name: [*mean_and_error(losses[group], counts[group]), int(group.sum())] for name, group in groups.items()}
-
-
-# ---- replies
-
-def write_all(speaker, prompts, config, what, **how):
-    """Replies to many prompts, in batches of prompts of similar length: [(tokens, ended)]."""
-    written = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc=f"{speaker.name}: {what}", leave=False) as bar:
-        for start in range(0, len(order), config.batch_size):
-            some = order[start:start + config.batch_size]
-            for i, reply in zip(some, replies(speaker.model, [prompts[i] for i in some], speaker.stop,
-                                              repetition_penalty=config.repetition_penalty, **how)):
-                written[i] = reply
-            bar.update(len(some))
-    return written
-
-
-def reply_table(speaker, conversations, config):
-    """What is measured of the replies to held-out prompts, greedy and sampled."""
-    chosen = random.Random(0).sample(conversations, min(config.max_prompts, len(conversations)))
-    prompts, references = [], []
-    for conversation in chosen:
-        until = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
-        if not until:  # it begins with a reply
-            continue
-        prompt = prompt_of(conversation.messages[:until], speaker)
-        if len(prompt) + config.max_new_tokens <= speaker.model.config.max_position_embeddings:
-            prompts.append(prompt)
-            references.append(text_of(conversation.messages[until]))
-    as_tokens = [speaker.tokenizer.encode(reference) for reference in references]
-    table = {"references": {"repeated": share_repeated(as_tokens)}} if prompts else {}  # people repeat themselves, too
-    for name, temperature in (("greedy", 0), ("sampled", config.temperature)) if prompts else ():
-        generator = torch.Generator(speaker.model.device).manual_seed(config.seed)
-        written = write_all(speaker, prompts, config, name, max_new_tokens=config.max_new_tokens,
-                            temperature=temperature, top_p=config.top_p, generator=generator)
-        table[name] = {
-            "prompts": len(written), "ended": sum(ended for _, ended in written) / len(written),
-            "length": sum(len(tokens) for tokens, _ in written) / sum(map(len, as_tokens)),
-            "repeated": share_repeated([tokens for tokens, _ in written]),
-            "rouge_l": float(np.mean([rouge_l(speaker.tokenizer.decode(tokens), reference)
-                                      for (tokens, _), reference in zip(written, references)]))}
+    if len(parts) < len(conversations):
+        say(f"{assistant.name}: {len(conversations) - len(parts)} of {len(conversations)} held-out "
+            f"examples are longer than --max-length {config.max_length}: left out")
+    losses, counts = losses_of(assistant, Examples.of(parts))
+    table = {}
+    for name in sorted({TOTAL, *categories}):
+        rows = [i for i, category in enumerate(categories) if name in (TOTAL, category)]
+        table[name] = [*mean_and_error(losses[rows], counts[rows]), len(rows)]
     return table
 
 
-def facts_table(speaker, config):
-    """Right answers among the known ones, and what was said to the first three."""
-    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt_of([{"role": "user", "content": each["question"]}], speaker) for each in questions]
-    written = write_all(speaker, prompts, config, "facts", max_new_tokens=48, temperature=0, top_p=1)
-    texts = [speaker.tokenizer.decode(tokens).strip() for tokens, _ in written]
-    right = [is_right(text, each["accepted"]) for text, each in zip(texts, questions)]
-    return {"right": sum(right), "of": len(right),
-            "shown": [[each["question"], text] for each, text in zip(questions[:3], texts)]}
+def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, **settings):
+    """Replies to prompts, in batches: [(tokens, ended)]."""
+    written = []
+    starts = range(0, len(prompts), config.batch_size)
+    for start in tqdm(starts, f"{assistant.name}: {title}", leave=False):
+        written += replies(assistant.model, prompts[start:start + config.batch_size],
+                           assistant.stop, repetition_penalty=config.repetition_penalty, **settings)
+    return written
 
 
-# ---- all of it
-
-def evaluate(name, folder, format, conversations, config, data_hash):
-    """All measures of one model in one format, from the cache where they were taken before."""
-    device, dtype = pick(config)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("models", "json", "data")}
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
-             if any(path.match(pattern) for pattern in hub.MODEL_FILES)}
-    key = json.dumps([3, files, data_hash, sha256_of(QUESTIONS), format, settings], sort_keys=True)
-
-    def measure(made):
-        speaker = Speaker.load(name, folder, dtype, device, format)
-        write_json(made / "results.json", {
-            "format": format, "penalty": config.repetition_penalty, "loss": loss_table(speaker, conversations, config),
-            "replies": reply_table(speaker, conversations, config), "facts": facts_table(speaker, config)})
-    kept = hub.kept(f"evaluations/{hashlib.sha256(key.encode()).hexdigest()[:24]}", measure)
-    return {"model": name, "data": Path(config.data).name, **read_json(kept / "results.json")}
-
-
-def formats_of(folder):
-    """A model without a template is judged in plain text too, not only in a format that it never saw."""
-    return ("chat",) if Tokenizer(folder).chat_template else ("plain", "chat")
+def prompts_and_references(assistant: Assistant, conversations, config: EvaluateConfig):
+    """Some held-out prompts as tokens, with the replies in the data. Says how many do not fit."""
+    begun = [item.messages for item in conversations if item.messages[0]["role"] != "assistant"]
+    chosen = random.Random(0).sample(begun, min(config.max_prompts, len(begun)))
+    context = assistant.model.config.max_position_embeddings
+    pairs = []
+    for messages in chosen:
+        end = [message["role"] for message in messages].index("assistant")
+        prompt = prompt_of(messages[:end], assistant)
+        if len(prompt) + config.max_new_tokens <= context:
+            pairs.append((prompt, text_of(messages[end])))
+    if len(pairs) < len(chosen):
+        left_out = (f"{len(chosen) - len(pairs)} of {len(chosen)} prompts leave no room for --max-"
+                    f"new-tokens {config.max_new_tokens} in {assistant.name} ({context} tokens)")
+        if not pairs:
+            raise UserError(left_out)
+        say(f"{left_out}: left out")
+    return sorted(pairs, key=lambda pair: len(pair[0]))  # those of similar length are a batch
 
 
-def with_error(mean, error):
-    """A mean and its standard error as text; "" of a category in which this model had no example."""
-    return "" if mean is None else f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
+    """What is measured of the replies to held-out prompts, greedy and sampled."""
+    pairs = prompts_and_references(assistant, conversations, config)
+    if not pairs:
+        return {}
+    prompts, references = zip(*pairs, strict=True)
+    reference_tokens = [assistant.tokenizer.encode(reference) for reference in references]
+    table = {"references": {"repeated": share_repeated(reference_tokens)}}  # people do it, too
+    for kind, temperature in (("greedy", 0), ("sampled", config.temperature)):
+        written = write_replies(
+            assistant, prompts, config, kind, temperature=temperature, top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            generator=torch.Generator().manual_seed(config.seed))
+        tokens, ended = zip(*written, strict=True)
+        scores = [rouge_l(assistant.tokenizer.decode(reply), reference)
+                  for reply, reference in zip(tokens, references, strict=True)]
+        table[kind] = {
+            "prompts": len(prompts), "ended": sum(ended) / len(prompts),
+            "length": sum(map(len, tokens)) / sum(map(len, reference_tokens)),
+            "repeated": share_repeated(tokens), "rouge_l": sum(scores) / len(prompts)}
+    return table
+
+
+def facts_table(assistant: Assistant, config: EvaluateConfig):
+    """How many of the FACTS are right, and the replies to the first three."""
+    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt_of([{"role": "user", "content": fact["question"]}], assistant)
+               for fact in facts]
+    written = write_replies(assistant, prompts, config, "facts", max_new_tokens=48, temperature=0,
+                            top_p=1)
+    texts = [assistant.tokenizer.decode(tokens).strip() for tokens, _ in written]
+    right = [is_right(text, fact["accepted"]) for text, fact in zip(texts, facts, strict=True)]
+    shown = [[facts[i]["question"], texts[i]] for i in range(3)]
+    return {"right": sum(right), "of": len(right), "shown": shown}
+
+
+def measure(name, folder, format, conversations, config: EvaluateConfig):
+    """All measures of one model in one format."""
+    device, dtype = pick(config.device, config.dtype)
+    assistant = Assistant.load(name, folder, dtype, device, format)
+    return {"model": name, "format": format, "penalty": config.repetition_penalty,
+            "loss": loss_table(assistant, conversations, config),
+            "replies": reply_table(assistant, conversations, config),
+            "facts": facts_table(assistant, config)}
+
+
+def column_of(result):
+    """All numbers of a model as text: {title of the row: text}."""
+    column = {"": result["model"], "data": result["data"],
+              "held-out examples": str(result["loss"][TOTAL][2]), "format": result["format"],
+              "repetition penalty of all replies": f"{result['penalty']:g}"}
+    for name, (mean, error, _) in result["loss"].items():
+        title = f"held-out loss, {name}" if name else "held-out loss"
+        column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    for kind, values in result["replies"].items():
+        for key, (title, form) in MEASURES.items():
+            if key in values:
+                column[f"{kind}, {title}"] = form.format(values[key])
+    return {**column, "facts": f"{result['facts']['right']} of {result['facts']['of']}"}
 
 
 def rows_of(results):
-    """All numbers as rows of text, a column for each model."""
-    rows = [[title, *(form.format(**each) for each in results)] for title, form in (("", "{model}"), ("data", "{data}"),
-            ("held-out examples", "{loss[all][2]}"), ("format", "{format}"), ("repetition penalty of all replies", "{penalty:g}"))]
-    for name in sorted({name for each in results for name in each["loss"]}, key=lambda name: (name != "all", name)):
-        rows.append([f"held-out loss, {name}", *(with_error(*each["loss"].get(name, (None, None))[:2]) for each in results)])
-    for how, whose in (("greedy", "greedy replies"), ("sampled", "sampled replies"), ("references", "references")):
-        for key, title, form in (("ended", "ended by themselves", "{:.1%}"), ("length", "length / reference", "{:.2f}"),
-                                 ("repeated", "repeated 4-grams", "{:.1%}"), ("rouge_l", "ROUGE-L", "{:.3f}")):
-            if all(key in each["replies"].get(how, {}) for each in results):
-                rows.append([f"{whose}, {title}", *(form.format(each["replies"][how][key]) for each in results)])
-    rows.append(["facts", *("{right} of {of}".format(**each["facts"]) for each in results)])
-    return rows
+    """A column for each model; "" where a model has no example of a category."""
+    columns = [column_of(result) for result in results]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    return [[title, *(column.get(title, "") for column in columns)] for title in titles]
 
 
 def as_table(rows, results):
     """The rows, and the replies to the first questions, as text."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     for i, (question, _) in enumerate(results[0]["facts"]["shown"]):
-        lines += ["", question, *(f"  {each['model']} ({each['format']}): {each['facts']['shown'][i][1]}" for each in results)]
+        lines += ["", question]
+        for result in results:
+            _, reply = result["facts"]["shown"][i]
+            lines.append(f"  {result['model']} ({result['format']}): {reply}")
     return printable("\n".join(lines))
 
 
 def main():
     """Read the command line, evaluate, print."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
-    path = hub.find_data(config.data).path
-    conversations = [each for each in read_conversations(path, [] if config.skip_bad_records else None)
-                     if is_held_out(each.messages, config.val_fraction)]
+    fast.enabled = not config.plain
+    data = hub.find_data(config.data)
+    bad = [] if config.skip_bad_records else None
+    conversations = [conversation for conversation in read_conversations(data.path, bad)
+                     if is_held_out(conversation.messages, config.val_fraction)]
     if not conversations:
-        raise UserError(f"{path}: nothing is held out by --val-fraction {config.val_fraction}")
-    folders = [(name, hub.find_weights(name).path) for name in config.models]
-    data_hash = sha256_of(path)
-    runs = {folder: read_json(folder / "run.json") for _, folder in folders if (folder / "run.json").is_file()}
-    for folder, about in runs.items():
-        fraction = about.get("config", {}).get("val_fraction", 0)
-        if about.get("data", {}).get("sha256") == data_hash and fraction < config.val_fraction:
-            say(f"{folder} held out only {fraction:g} of this data: it was trained on some of what it is measured on here")
-    results = [evaluate(name, folder, format, conversations, config, data_hash)
-               for name, folder in folders for format in formats_of(folder)]
+        raise UserError(f"{data.path}: nothing is held out by --val-fraction {config.val_fraction}")
+    models = [(name, hub.find_weights(name)) for name in config.models]
+    finished = [found.path for _, found in models if is_finished(found.path, data.path, config)]
+    results, names = [], []
+    for name, found in models:
+        formats = ["chat"]
+        if not Tokenizer(found.path).chat_template:
+            formats = ["plain", "chat"]  # and not only a format that the model never saw
+        for format in formats:
+            result = measure(name, found.path, format, conversations, config)
+            results.append({**result, "data": public_name(data)})
+            names.append(public_name(found))
     rows = rows_of(results)
-    print(json.dumps(results, indent=2, ensure_ascii=False) if config.json else as_table(rows, results))
-    for folder, about in runs.items():
-        if about.get("finished"):  # our own run: show it there
-            write_json(folder / "evaluation.json", {"table": rows})
-            report.write(folder)
-            card.write(folder)
+    print(json.dumps(results, indent=2) if config.json else as_table(rows, results))
+    for folder in finished:  # show it there, too
+        write_json(folder / "evaluation.json", {"table": [["", *names], *rows[1:]]})
+        report.write(folder)
+        card.write(folder)
+
+
+def is_finished(folder, data_path, config: EvaluateConfig):
+    """Whether train.py finished a run here; says so if it was trained on what is held out now."""
+    about = report.read_if_there(folder / "run.json")
+    with report.contents_of(folder / "run.json"):
+        fraction = about.get("config", {}).get("val_fraction", 0)
+        is_same_data = about.get("data", {}).get("sha256") == sha256_of(data_path)
+        if is_same_data and fraction < config.val_fraction:
+            say(f"{folder} held out only {fraction:g} of this data: it was trained on some of what "
+                "it is measured on here")
+    return about.get("finished", False)
 
 
 if __name__ == "__main__":

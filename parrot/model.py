@@ -1,12 +1,11 @@
-"""A Llama: the whole network, by hand.
+"""A Llama, by hand: the whole network.
 
     token -> embedding -> 30 x (attention, then MLP, each added to the stream) -> norm -> logits
 
-Two choices make it short. Tokens come as one flat ribbon, so a hidden state is (N, C) and
-no layer but attention knows about sequences (see attention.py). And every module carries
-the name that it has in a Hugging Face checkpoint, so loading needs no table of names.
+Tokens come as one flat ribbon, so only attention knows about documents (attention.py). Modules have
+the names of a Hugging Face checkpoint, so loading needs no table of names.
 
-Shapes: N tokens, S supervised rows, C hidden_size, H query heads, K key/value heads,
+Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.
 """
 
@@ -16,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parrot.files import model_folder
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of the network, under the names of a Hugging Face config.json."""
     vocab_size: int  # V
     hidden_size: int  # C
-    intermediate_size: int
+    intermediate_size: int  # M
     num_hidden_layers: int
     num_attention_heads: int  # H
     num_key_value_heads: int  # K: each serves H / K query heads
@@ -34,7 +35,11 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """Scale each row to root mean square 1, then by a learned weight (arXiv:1910.07467)."""
+    """Scale each row to root mean square 1, then by a learned weight (arXiv:1910.07467).
+
+    >>> RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 4.0]])) * 12.5 ** 0.5  # mean square: (9 + 16) / 2
+    tensor([[3., 4.]], grad_fn=<MulBackward0>)
+    """
 
     def __init__(self, size, eps):
         super().__init__()
@@ -42,34 +47,48 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        # In float32: bfloat16 squares and sums would lose the small differences.
-        x32 = x.float()
+        x32 = x.float()  # bfloat16 would lose the small differences in squares and sums
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of the angle by which rotary embedding turns each pair (arXiv:2104.09864).
+    """cos and sin of the angles of rotary embedding (arXiv:2104.09864).
 
-    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D):
-    the first pairs tell neighbours apart, the last ones distant places.
+    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D): the
+    first pairs turn fast and tell neighbours apart, the last ones turn slowly and tell regions.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None].float() / theta ** exponents  # (N, D / 2)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[:, None].float() / theta ** (exponents / head_dim)  # (N, D / 2)
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
 def rotate(x, cos, sin):
-    """Turn x (N, heads, D) by the angles. Pair i is (x[i], x[i + D / 2]), the split-half form."""
+    """Turn each pair of x (N, heads, D) by its angle. Pair i is (x[i], x[i + D / 2]).
+
+    Why: the dot product of two turned vectors depends on the distance of their positions alone.
+
+    >>> q, k = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]])
+    >>> def score(position_q, position_k):
+    ...     turned = [rotate(x, *rope_angles(torch.tensor([p]), 2, 10000.0))
+    ...               for x, p in ((q, position_q), (k, position_k))]
+    ...     return round((turned[0] * turned[1]).sum().item(), 3)
+    >>> score(5, 2), score(105, 102), score(5, 3)
+    (1.203, 1.203, -1.194)
+    """
     first, second = x.float().chunk(2, dim=-1)  # (N, heads, D / 2) each
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H heads ask, K <= H heads answer (arXiv:2305.13245)."""
+    """Grouped-query attention: H query heads share K key/value heads (arXiv:2305.13245).
 
-    def __init__(self, config):
+    The key/value cache is the reason: here it holds 2 x 30 x 3 x 64 = 11,520 numbers per token;
+    with a key/value head for each of the nine query heads it would hold 34,560.
+    """
+
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.head_dim = D
@@ -78,18 +97,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def project(self, x, cos, sin):
-        """x (N, C) -> what every token asks, is found by, and tells."""
+    def forward(self, x, layer, layout, angles):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        y = layout.attend(layer, rotate(q, *angles), rotate(k, *angles), v)  # (N, H, D)
+        return self.o_proj(y.flatten(-2))  # (N, C)
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection gates the other (arXiv:2002.05202)."""
+    """SwiGLU: one projection opens and closes the other (arXiv:2002.05202).
 
-    def __init__(self, config):
+    silu(x) = x * sigmoid(x) is near 0 below zero and near x above it:
+
+    >>> F.silu(torch.tensor([-5.0, 0.0, 5.0]))
+    tensor([-0.0335,  0.0000,  4.9665])
+    """
+
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         C, M = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(C, M, bias=False)
@@ -101,45 +126,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads a normed copy of the stream and adds to it."""
+    """Attention, then the MLP; each reads a normed copy of the stream and adds to the stream."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    # The halves before and after `attend` treat every token alone, whatever sequence it is in,
-    # so they are what compiling.py compiles.
-
-    def before_attention(self, x, cos, sin):
-        """x (N, C) -> q (N, H, D), k and v (N, K, D)."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
-
-    def after_attention(self, x, y):
-        """x (N, C) and what attention brought, y (N, H, D) -> the next block's x (N, C)."""
-        x = x + self.self_attn.o_proj(y.flatten(-2))
+    def forward(self, x, layer, layout, angles):
+        x = x + self.self_attn(self.input_layernorm(x), layer, layout, angles)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-    def forward(self, x, layer, place, angles):
-        return self.after_attention(x, place.attend(layer, *self.before_attention(x, *angles)))
 
 
 class LlamaBody(nn.Module):
     """Everything but the last matrix."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        # Weights are always loaded: drawing random ones first would import half of torch, 1.2 s.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # torch's own takes a second
+        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
-    """The language model. Hidden states first, logits only for the rows that need them:
+    """The language model, with random weights. Hidden states first, then logits where needed:
 
     >>> from parrot.attention import Ribbon
     >>> model = Llama(LlamaConfig(32, 16, 24, 2, 4, 2, 4, 64, 1e-5, 10000.0, True))
@@ -148,13 +161,29 @@ class Llama(nn.Module):
     torch.Size([2, 32])
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if self.device.type != "meta":  # where `load` will put the weights of a checkpoint
+            for parameter in (p for p in self.parameters() if p.dim() == 2):
+                nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def load(cls, folder, dtype=torch.float32, device="cpu"):
+        """A Hugging Face model folder -> Llama. UserError names what is missing or unknown."""
+        config = LlamaConfig(**model_folder.read_config(folder))
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        tensors = model_folder.read_tensors(folder, shapes, dtype, device)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight  # assigning untied them
+        return model.requires_grad_(True)
 
     @property
     def device(self):
@@ -166,12 +195,14 @@ class Llama(nn.Module):
         """In what the weights are kept."""
         return self.model.embed_tokens.weight.dtype
 
-    def forward(self, tokens, place):
-        """tokens (N,), place: a Ribbon or a KVCache's step -> hidden states (N, C)."""
-        angles = rope_angles(place.positions, self.config.head_dim, self.config.rope_theta)
+    def forward(self, tokens, layout):
+        """tokens (N,), layout: a Ribbon or a step of a KVCache -> hidden states (N, C)."""
+        if len(tokens) != len(layout.positions):
+            raise ValueError(f"{len(tokens)} tokens on a layout of {len(layout.positions)}")
+        angles = rope_angles(layout.positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)  # (N, C)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, layer, place, angles)
+            x = block(x, layer, layout, angles)
         return self.model.norm(x)
 
     def logits(self, hidden_states):

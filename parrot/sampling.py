@@ -1,69 +1,88 @@
-"""From logits to words: repetition penalty, temperature, top-p, and the loop that writes token after token."""
+"""From logits to words: repetition penalty, temperature, top-p, and the loop that writes.
 
-import functools
+Shapes: B replies that are written, V vocabulary, W of its tokens, t tokens written so far.
+"""
+
+from __future__ import annotations
 
 import torch
 
+from parrot import fast
 from parrot.attention import KVCache
-from parrot.captured import CapturedStep
-from parrot.console import UserError
+from parrot.fast.cached import cache_dtype, without_ended
+from parrot.fast.captured import CapturedStep
+from parrot.fast.nucleus import likeliest
+from parrot.system.console import UserError
+
+ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
-def nucleus(logits, temperature, top_p):
-    """logits (B, V) -> probabilities (B, W) of tokens (B, W), zero outside the nucleus.
+def ordered(probabilities, mass):
+    """(B, V) -> tokens in descending order of probability, enough to hold `mass`.
 
-    The nucleus (arXiv:1904.09751) is the smallest set of likeliest tokens that holds at least
-    `top_p` of the probability, so the token that crosses the threshold is in it. Among equals,
-    the lower id comes first. Returned are the W likeliest tokens in order, W large enough to hold the
-    nucleus; where `top_p` is 1, all V in the order of their ids.
-
-    >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]).log(), temperature=1.0, top_p=0.6)
-    (tensor([[0.6250, 0.3750, 0.0000]]), tensor([[1, 0, 2]]))
+    Two tensors (B, W): probabilities and ids. Among equals the lower id comes first.
     """
-    logits = logits.float()
-    # Subtracting the largest first keeps tiny temperatures from overflowing.
-    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p >= 1:  # everything: not even rounding may drop a token
-        return probabilities, torch.arange(probabilities.shape[-1], device=logits.device).expand_as(probabilities)
-    ordered, tokens = likeliest(probabilities, top_p)
-    before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
-    return ordered / ordered.sum(-1, keepdim=True), tokens
-
-
-def likeliest(probabilities, mass):
-    """(B, V) -> as many of the likeliest as hold `mass`, or more, and their ids: both (B, W), in order."""
-    if probabilities.device.type == "cpu":
-        # A few are nearly always enough, and finding them takes 6 ms (16 x 49,152), sorting all 30. The
-        # bits of positive floats are in the order of the floats; below them stands what breaks a tie.
-        V = probabilities.shape[-1]
-        keys = (probabilities.view(torch.int32).long() << 32) + torch.arange(V - 1, -1, -1)
-        tokens = keys.topk(min(V, 1024)).indices
-        ordered = probabilities.gather(-1, tokens)
-        if (ordered.sum(-1) >= mass).all():
-            return ordered, tokens
+    if fast.enabled and probabilities.device.type == "cpu":  # fast/nucleus.py
+        few = likeliest(probabilities, mass)
+        if few is not None:
+            return few
     return probabilities.sort(dim=-1, descending=True, stable=True)
 
 
-def penalize(logits, written, penalty):
-    """logits (B, V), ids that the reply has already (B, t) -> logits (B, V), theirs lowered (arXiv:1909.05858).
+def nucleus(logits, temperature, top_p):
+    """logits (B, V) -> probabilities (B, W) of the tokens (B, W), in descending order.
 
-    What was said twice seems to the model the likeliest to follow, so greedy replies end in loops. Divided
-    (below zero: multiplied) by a penalty above 1, it has to be that much better than the rest.
+    A temperature below 1 favours the likely tokens, above 1 the unlikely ones. The nucleus
+    (arXiv:1904.09751) is the smallest set of likeliest tokens that holds at least `top_p`, the one
+    that crosses the threshold included; the rest has probability 0.
+
+    >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]).log(), temperature=1.0, top_p=0.6)
+    (tensor([[0.6250, 0.3750, 0.0000]]), tensor([[1, 0, 2]]))
+    >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]).log(), temperature=0.5, top_p=1.0)[0]  # squares
+    tensor([[0.6579, 0.2368, 0.1053]])
+    """
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # finite however small it is
+    probabilities, tokens = ordered(scaled.softmax(-1), top_p)
+    before = torch.zeros_like(probabilities)  # the sum of all likelier tokens
+    before[:, 1:] = probabilities.cumsum(-1)[:, :-1]
+    if top_p < 1:
+        probabilities = probabilities.masked_fill(before > top_p - ROUNDING, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True), tokens
+
+
+def penalize(logits, written, penalty):
+    """Lower the logits (B, V) of the ids that each reply has already, written (B, t).
+
+    A repeated phrase becomes the most likely continuation, so greedy replies end in loops. A
+    positive logit is divided by the penalty, a negative one multiplied (arXiv:1909.05858).
 
     >>> penalize(torch.tensor([[4.0, -1.0, 3.0]]), torch.tensor([[0, 1, 0]]), 2.0)
     tensor([[ 2., -2.,  3.]])
     """
-    said = logits.gather(-1, written)
-    return logits.scatter(-1, written, torch.where(said > 0, said / penalty, said * penalty))
+    old = logits.gather(-1, written)
+    return logits.scatter(-1, written, torch.where(old > 0, old / penalty, old * penalty))
 
 
-def choose(logits, temperature, top_p, generator=None):
-    """logits (B, V) -> the next token of every sequence (B,). Temperature 0: the likeliest."""
+def choose(logits, temperature, top_p, numbers):
+    """logits (B, V) -> the next token of every reply (B,). Temperature 0: the likeliest.
+
+    numbers (B,): uniform in [0, 1). Each takes the token on which it falls in the cumulative sum.
+
+    >>> logits = torch.tensor([[0.3, 0.5, 0.2]]).log()  # 0.5 of token 1, 0.3 of 0, 0.2 of 2
+    >>> [choose(logits, 1.0, 1.0, torch.tensor([x])).item() for x in (0.49, 0.51, 0.79, 0.81)]
+    [1, 0, 0, 2]
+    """
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite numbers: its weights are damaged, or "
+                        "the type is too small (--dtype float32)")
     if temperature < 1e-6:  # would divide by nothing
-        return logits.float().argmax(-1)  # in bfloat16 it takes 160 us instead of 45
+        return logits.float().argmax(-1)
     probabilities, tokens = nucleus(logits, temperature, top_p)
-    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+    sums = probabilities.cumsum(-1)
+    index = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)  # (B, 1)
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not go beyond
+    return tokens.gather(-1, index.minimum(last)).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -71,55 +90,68 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
              repetition_penalty=1.0, samples_each=1):
     """Write replies to several prompts at once, a token each at a time.
 
-    prompts: lists of ids; stop: the ids that end a reply. repetition_penalty looks at the reply alone: an
-    answer may quote the question. Yields, step by step, a list with one id for each reply, None for those
-    that have ended (the stop token itself is not shown). Ends when all have, after `max_new_tokens`, or
-    at the end of the model's context.
+    prompts: lists of ids; stop: ids that end a reply; generator: on the CPU, so that a seed means
+    the same on every device. The penalty is on what the reply has, since an answer may quote the
+    question. Yields, step by step, a list with an id for each reply, None for those that have ended
+    (a stop token is not shown), until all have or the room ends. UserError: a prompt is too long.
     """
-    device = model.device
-    lengths = [len(prompt) for prompt in prompts]
-    room = check_room(lengths, model.config, max_new_tokens)
-    cache = KVCache(model.config, len(prompts), max(lengths) + room, model.dtype, device)
+    room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
+    cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
+    next_logits = logits_after
+    if fast.enabled and model.device.type == "cuda":  # fast/captured.py
+        next_logits = CapturedStep()
+    B = len(logits)
+    written = torch.empty(B, room, dtype=torch.long, device=model.device)
+    rows = torch.arange(B, device=model.device)  # the replies that are written on
+    ended = set()
+    for count in range(room):
+        if repetition_penalty != 1:
+            logits = penalize(logits, written[rows, :count], repetition_penalty)
+        numbers = torch.rand(B, generator=generator).to(model.device)
+        tokens = choose(logits, temperature, top_p, numbers[rows])
+        written[rows, count] = tokens
 
+        step = [None] * B
+        for reply, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            if token in stop:
+                ended.add(reply)
+            elif reply not in ended:
+                step[reply] = token
+        if len(ended) == B:
+            return
+        yield step
+
+        if fast.enabled:  # fast/cached.py
+            rows, tokens = without_ended(cache, rows, tokens, ended)
+        if count < room - 1:
+            logits = next_logits(model, cache, tokens)
+
+
+def read_prompts(model, prompts, room, samples_each):
+    """Prompts, each read once -> a KVCache with `room` for more, and the next logits (B, V)."""
+    lengths, device = [len(prompt) for prompt in prompts], model.device
+    dtype = cache_dtype(model) if fast.enabled else model.dtype  # fast/cached.py
+    cache = KVCache(model.config, len(prompts), max(lengths) + room, dtype, device)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
     hidden_states = model(tokens, cache.prefill(lengths))  # (N, C)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    each = torch.arange(len(prompts), device=device).repeat_interleave(samples_each)  # (B,) whose reply it is
-    cache.select(each)
-    next_logits = CapturedStep(model, cache) if cache.static else functools.partial(logits_after, model, cache)
-    logits = model.logits(hidden_states[last][each])  # (B, V)
-    written = torch.empty(len(each), room, dtype=torch.long, device=device)
-    places = going_on = list(range(len(each)))
-    for count in range(room):
-        if repetition_penalty != 1:
-            logits = penalize(logits, written[:, :count], repetition_penalty)
-        written[:, count] = tokens = choose(logits, temperature, top_p, generator)  # (B,)
-        said = {place: token for place, token in zip(places, tokens.tolist()) if place in going_on and token not in stop}
-        if not said:
-            return
-        going_on = said
-        yield [said.get(place) for place in range(len(each))]
-        if not cache.static and len(said) * 2 <= len(places):  # half have ended: go on without them
-            rows = [row for row, place in enumerate(places) if place in said]
-            cache.select(rows)
-            tokens, written, places = tokens[rows], written[rows], list(said)
-        if count < room - 1:
-            logits = next_logits(tokens)
+    prompt_of_reply = torch.arange(len(prompts), device=device).repeat_interleave(samples_each)
+    cache.select(prompt_of_reply)
+    return cache, model.logits(hidden_states[last][prompt_of_reply])
 
 
 def logits_after(model, cache, tokens):
     """The tokens (B,) that were just written -> logits (B, V) of what comes next."""
-    # One row: torch's own product reads bfloat16 at 29 GB/s, that of oneDNN (mkldnn) at 10.
-    with torch.backends.mkldnn.flags(enabled=len(tokens) > 1, allow_tf32=None):
-        return model.logits(model(tokens, cache.step()))
+    return model.logits(model(tokens, cache.step()))
 
 
-def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **how):
+def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **settings):
     """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply."""
     room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     tokens = [[] for _ in range(len(prompts) * samples_each)]
-    for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens, samples_each=samples_each, **how):
-        for reply, token in zip(tokens, step):
+    for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
+                         samples_each=samples_each, **settings):
+        for reply, token in zip(tokens, step, strict=True):
             if token is not None:
                 reply.append(token)
     return [(reply, len(reply) < room) for reply in tokens]

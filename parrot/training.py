@@ -1,97 +1,123 @@
-"""What is minimised, and what is watched: the loss on the tokens that the model should say."""
+"""What is minimised, how the weights move, and what is watched on the way."""
+
+from __future__ import annotations
+
+import math
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from parrot.data import Batch, micro_batches
-from parrot.device import autocast
+from parrot import fast
+from parrot.config import TrainConfig
+from parrot.data import Batch, Examples, micro_batches
+from parrot.fast.head import head_loss
+from parrot.model import Llama
+from parrot.system.device import autocast
+from parrot.system.distributed import Processes
 
-ROWS_AT_ONCE = 1024  # the logits of so many rows are 200 MB in float32; fewer rows are slower
-ROWS_IN_CACHE = 8  # so many fit a CPU's caches
+# ---- the loss
 
+def hidden_states_of_targets(model: Llama, batch: Batch, dtype):
+    """The hidden states (S, C) of the rows that have a target: no other row needs logits.
 
-def supervised_rows(model, batch, dtype):
-    """The hidden states (S, C) of the rows that have a target: logits of others are never needed."""
+    Weights are float32, matrix products in `dtype`: bfloat16 weights would lose small steps.
+
+    >>> weight = torch.tensor(0.05, dtype=torch.bfloat16)
+    >>> weight - 5e-5 == weight
+    tensor(True)
+    """
     with autocast(model.device, dtype):
         return model(batch.tokens, batch.ribbon)[batch.rows]
 
 
-def token_losses(model, batch, dtype):
-    """The cross-entropy (S,) of a ribbon's supervised tokens, in nats.
+def token_losses(model: Llama, batch: Batch, dtype):
+    """The loss (S,) of each target: the cross-entropy -log p(target), in nats.
 
-    No mean yet: that of a whole *step* is wanted, and means of means would weigh a token by
-    the company that it is in.
+    To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152. So a
+    mean loss of 2.72 is to be as unsure as among e^2.72 = 15 tokens, the perplexity.
+
+    >>> F.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
+    tensor(1.3863)
     """
-    rows, losses = supervised_rows(model, batch, dtype), []  # (S, C)
-    for some_rows, some_targets in zip(rows.split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE)):
-        with autocast(model.device, dtype):
-            logits = model.logits(some_rows)  # (at most ROWS_AT_ONCE, V)
-        losses.append(cross_entropy(logits, some_targets, 1.0)[0])
-    return torch.cat(losses)
+    hidden_states = hidden_states_of_targets(model, batch, dtype)
+    with autocast(model.device, dtype):
+        logits = model.logits(hidden_states)  # (S, V)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
-def cross_entropy(logits, targets, scale):
-    """logits (S, V), which are overwritten; targets (S,) -> losses (S,), scale x their gradient (S, V).
+def loss_sum(model: Llama, batch: Batch, dtype):
+    """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step.
 
-    The loss is -log p(target) with p = softmax(logits). Its gradient by the logits is p, less 1 at
-    the target. A few rows at a time stay in a CPU's caches: 40 ms for 1,024 rows, where
-    F.cross_entropy and autograd, which pass through memory for each operation, take 65 to 250.
+    Averaging per-ribbon means would weight tokens by how the step was split:
+
+    >>> losses = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0])
+    >>> sum(x.sum() for x in losses) / sum(len(x) for x in losses)  # the mean over all targets
+    tensor(2.)
+    >>> sum(x.mean() for x in losses) / len(losses)  # the mean of means
+    tensor(3.)
     """
-    losses = torch.empty(len(logits), device=logits.device)
-    at_once = ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
-    for some, target, loss in zip(logits.split(at_once), targets[:, None].split(at_once), losses.split(at_once)):
-        p = some.float()
-        p -= p.amax(-1, keepdim=True)
-        at_target = p.gather(-1, target)
-        total = p.exp_().sum(-1, keepdim=True)
-        loss.copy_((total.log() - at_target)[:, 0])
-        p *= scale / total
-        some.copy_(p.scatter_add_(-1, target, torch.full_like(at_target, -scale)))
-    return losses, logits
-
-
-def accumulate_gradients(model, batches, supervised, dtype):
-    """Add to every .grad these ribbons' part of a step's mean loss; returns that part.
-
-    It is returned as a tensor, so that a GPU need not be waited for.
-
-    supervised: the supervised tokens of the whole step, on all ribbons, counted before the
-    first backward. So however the step is split, the parts add up to the same gradient.
-    """
-    embedding, head = model.model.embed_tokens, model.lm_head  # one matrix, where they are tied
-    for parameter in (embedding.weight, head.weight):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    embedding.sparse = model.device.type == "cpu"  # add to the rows that were read, not zeros to all others
-    loss = 0.0
-    for batch in batches:
-        rows = supervised_rows(model, batch, dtype)  # (S, C)
-        # Logits are by far the largest tensors. So this last matrix goes forward and back by hand, a
-        # piece at a time that is then forgotten; the gradient goes on from the rows through the network.
-        weight, parts = head.weight.detach().to(dtype), []  # (V, C)
-        for some_rows, some_targets in zip(rows.detach().to(dtype).split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE)):
-            losses, gradient = cross_entropy(some_rows @ weight.T, some_targets, 1 / supervised)  # (S,), (S, V)
-            head.weight.grad += gradient.T @ some_rows  # (V, C)
-            parts.append(gradient @ weight)  # (S, C)
-            loss = loss + losses.sum() / supervised
-        rows.backward(torch.cat(parts).to(rows.dtype))
-    return loss
+    if fast.enabled:  # fast/head.py
+        hidden_states = hidden_states_of_targets(model, batch, dtype)
+        return head_loss(hidden_states.to(dtype), model.lm_head.weight, batch.targets)
+    return token_losses(model, batch, dtype).sum()
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, max_tokens, dtype, processes, should_stop=lambda: False):
-    """Mean loss over all supervised tokens of `examples`, in nats a token.
+def held_out_loss(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
+                  should_stop=lambda: False):
+    """Mean loss over all targets of `examples`, in nats per token.
 
     None where `should_stop()` turned true on the way, in this process or another.
     """
-    total, count, stopped = 0.0, 0, 0
-    splits = processes.share(micro_batches(range(len(examples)), examples.lengths, None, max_tokens))
-    for indices in tqdm(splits, desc="evaluating", leave=False, disable=processes.rank > 0):
+    total, num_targets, stopped = 0.0, 0, 0
+    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
+    for indices in tqdm(processes.share(splits), desc="evaluating", leave=False,
+                        disable=processes.rank > 0):
         if should_stop():
             stopped = 1
             break
         batch = Batch.of(examples, indices, model.device)
         total += token_losses(model, batch, dtype).sum().item()
-        count += len(batch.targets)
-    total, count, stopped = processes.sum(total, count, stopped)
-    return None if stopped else total / count
+        num_targets += len(batch.targets)
+    total, num_targets, stopped = processes.sum(total, num_targets, stopped)
+    return None if stopped else total / num_targets
+
+
+# ---- how the weights move
+
+def make_optimizer(model: Llama, config: TrainConfig):
+    """AdamW (arXiv:1711.05101): each weight moves by its mean gradient over its usual size.
+
+    The betas say how long the two are remembered: 0.9, some 10 steps; 0.95, some 20. Apart from
+    that, matrices decay by lr * weight_decay of their value a step; the scales of the norms do not,
+    since they belong near 1, not 0.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+    >>> weight.grad = torch.tensor([1e-3])  # tiny or not: the first step moves by lr
+    >>> adamw.step(); weight  # 2 - 0.1 * 0.5 * 2 - 0.1
+    Parameter containing:
+    tensor([1.8000], requires_grad=True)
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    scales = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             eps=1e-8, fused=True)
+
+
+def learning_rate(step, total_steps, peak, floor, warmup_ratio):
+    """The learning rate of step `step` (from 0): up in a line, down in half a cosine.
+
+    At first AdamW knows too little of the gradients for large steps; the last ones are to settle.
+
+    >>> [round(learning_rate(step, 6, 1.0, 0.0, 1 / 3), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.25, 0.0]
+    """
+    warmup = round(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - 1 - warmup)  # 0 to 1
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2

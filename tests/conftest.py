@@ -13,13 +13,28 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)  # a slow machine is no fault
 settings.load_profile("no deadline")
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # with -n 2, programs share the cores: none shall wait in a loop
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with -n 2, more threads than cores wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from parrot import hub, weights  # noqa: E402
+from parrot import assistant, fast  # noqa: E402
+from parrot.files import hub  # noqa: E402
+from parrot.files.tokenizer import Tokenizer  # noqa: E402
 from parrot.model import Llama, LlamaConfig  # noqa: E402
-from parrot.tokenizer import Tokenizer  # noqa: E402
+
+
+@pytest.fixture(params=["plain", "fast"])
+def both_ways(request, monkeypatch):
+    """The test runs twice: with the speed-ups of parrot/fast, and without."""
+    monkeypatch.setattr(fast, "enabled", request.param == "fast")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def the_switch_as_it_was():
+    """train.train and its like set fast.enabled; the next test starts with it on."""
+    yield
+    fast.enabled = True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,7 +91,7 @@ def tiny_model(config=None, seed=0):
 def tiny_folder(tmp_path_factory, tiny_tokenizer):
     """A tiny random model on disk, with our template."""
     folder = tmp_path_factory.mktemp("tiny")
-    weights.save_model(folder, tiny_model(), tiny_tokenizer, torch.float32)
+    assistant.save(folder, tiny_model(), tiny_tokenizer, torch.float32)
     return folder
 
 

@@ -6,8 +6,9 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot import tiles
+from parrot import fast
 from parrot.attention import KVCache, Ribbon
+from parrot.fast import tiles
 
 
 def by_the_formula(q, k, v, lengths):
@@ -24,12 +25,14 @@ def by_the_formula(q, k, v, lengths):
     return out
 
 
-@pytest.mark.parametrize("longest", [0, tiles.LONGEST])  # torch's own attention, and tiles
+@pytest.mark.parametrize("how", ["plain", "torch's own", "tiles"])
 @pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 7], [tiles.TILE - 1, tiles.TILE + 1]])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance, longest, monkeypatch):
+def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance, how, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(tiles, "LONGEST", longest)
+    monkeypatch.setattr(fast, "enabled", how != "plain")
+    if how == "torch's own":
+        monkeypatch.setattr(tiles, "LONGEST", 0)
     q, k, v = (torch.randn(sum(lengths), heads, 16, dtype=dtype) for heads in (6, 2, 2))
     y = Ribbon(lengths).attend(0, q, k, v)
     assert y.dtype == dtype
@@ -38,8 +41,10 @@ def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance, longest, mon
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=6), data=st.data())
-def test_no_document_sees_another(lengths, data):
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_document_sees_another(enabled, lengths, data):
     """Changing a token of one document changes no logit and no gradient of another, bit for bit."""
+    fast.enabled = enabled
     model = tiny_model()
     ends = torch.tensor(lengths).cumsum(0).tolist()
     which = data.draw(st.integers(0, len(lengths) - 1))
@@ -69,7 +74,7 @@ def test_positions_restart_at_each_seam():
     assert Ribbon([1, 3, 2]).positions.tolist() == [0, 0, 1, 2, 0, 1]
 
 
-def test_sequences_may_be_repeated_and_left_out():
+def test_sequences_may_be_repeated_and_left_out(both_ways):
     model = tiny_model()
     with torch.no_grad():
         cache = KVCache(model.config, 1, 10)
@@ -82,19 +87,3 @@ def test_sequences_may_be_repeated_and_left_out():
         rest = model.logits(model(torch.tensor([5]), cache.step()))
         expected = model.logits(model(torch.tensor([5, 6, 7, 9, 5]), Ribbon([5])))[-1:]
     assert torch.allclose(rest, expected, atol=1e-5)
-
-
-def test_a_cache_of_fixed_shapes_gives_the_same_as_one_that_looks_at_lengths():
-    """What a GPU replays, without the replaying: all of the capacity, the unwritten rest unseen."""
-    model, tokens, lengths = tiny_model(), torch.arange(12) * 5 % 320, [3, 9]
-    caches = [KVCache(model.config, 2, 40) for _ in range(2)]
-    caches[1].static = True
-    caches[1].values += 1e3  # what lies there must not matter
-    with torch.inference_mode():
-        for cache in caches:
-            model(tokens, cache.prefill(lengths))
-        for step in range(5):
-            some = torch.tensor([step, 7 * step])
-            first, second = (model(some, cache.step()) for cache in caches)
-            assert torch.allclose(first, second, atol=1e-5)
-    assert caches[0].filled.tolist() == caches[1].filled.tolist() == [8, 14]

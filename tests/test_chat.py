@@ -7,9 +7,18 @@ import pytest
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from parrot import weights
-from parrot.chat import CHAT_TEMPLATE, coloured, default_system, encode_chat, encode_prompt, pieces_of_view, text_of
-from parrot.console import UserError
+from parrot import assistant
+from parrot.chat import (
+    CHAT_TEMPLATE,
+    coloured,
+    default_system,
+    encode_chat,
+    encode_prompt,
+    spans_of,
+    text_of,
+    token_rows,
+)
+from parrot.system.console import UserError
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
                 {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "2 + 2?"},
@@ -18,16 +27,16 @@ CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "co
 
 def test_tokens_and_flags_written_out(tokenizer):
     """By hand: ids of SmolLM2's vocabulary, and which of them are learned."""
-    tokens, supervised = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+    tokens, is_target = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
                                      tokenizer)
     #                 <|im_start|> user \n   Hi    <|im_end|> \n <|im_start|> assistant \n  Hello  !  <|im_end|> \n
     assert tokens == [1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198, 19556, 17, 2, 198]
-    assert supervised == [False] * 10 + [True] * 3 + [False]
+    assert is_target == [False] * 10 + [True] * 3 + [False]
 
 
-def test_only_replies_and_their_ends_are_supervised(tokenizer):
-    tokens, supervised = encode_chat(CONVERSATION, tokenizer)
-    learned = [token for token, flag in zip(tokens, supervised) if flag]
+def test_only_replies_and_their_ends_are_targets(tokenizer):
+    tokens, is_target = encode_chat(CONVERSATION, tokenizer)
+    learned = [token for token, flag in zip(tokens, is_target) if flag]
     assert tokenizer.decode_with_control(learned) == "Hello!<|im_end|>4<|im_end|>"
 
 
@@ -38,7 +47,7 @@ def test_only_replies_and_their_ends_are_supervised(tokenizer):
 @pytest.mark.parametrize("generate", [True, False])
 def test_tokens_equal_apply_chat_template_of_the_saved_folder(messages, generate, tokenizer, tmp_path):
     from conftest import tiny_config, tiny_model
-    weights.save_model(tmp_path, tiny_model(tiny_config(vocab_size=49152)), tokenizer, __import__("torch").float32)
+    assistant.save(tmp_path, tiny_model(tiny_config(vocab_size=49152)), tokenizer, __import__("torch").float32)
     reference = AutoTokenizer.from_pretrained(tmp_path)
     expected = reference.apply_chat_template(messages, add_generation_prompt=generate, return_dict=True)["input_ids"]
     ours = encode_prompt(messages, tokenizer) if generate else encode_chat(messages, tokenizer)[0]
@@ -73,8 +82,8 @@ def test_hostile_text_yields_no_control_token(tokenizer):
 
 def test_prompt_and_training_tokens_meet(tokenizer):
     """What the model is asked with is exactly what came before the reply in training."""
-    tokens, supervised = encode_chat(CONVERSATION, tokenizer)
-    assert encode_prompt(CONVERSATION[:2], tokenizer) == tokens[:supervised.index(True)]
+    tokens, is_target = encode_chat(CONVERSATION, tokenizer)
+    assert encode_prompt(CONVERSATION[:2], tokenizer) == tokens[:is_target.index(True)]
 
 
 def test_context_stands_under_the_task():
@@ -83,7 +92,7 @@ def test_context_stands_under_the_task():
 
 # ---- the view
 
-def test_the_view_marks_what_is_supervised_and_shows_control_characters(tokenizer):
+def test_the_view_marks_targets_and_shows_control_characters(tokenizer):
     messages = [{"role": "user", "content": "a\x1b[2J"}, {"role": "assistant", "content": "b"}]
     text = coloured(*encode_chat(messages, tokenizer), tokenizer, colour=False)
     assert text == "<|im_start|>user\na\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
@@ -92,7 +101,7 @@ def test_the_view_marks_what_is_supervised_and_shows_control_characters(tokenize
 
 def test_the_pieces_that_the_report_marks(tokenizer):
     encoded = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenizer)
-    assert pieces_of_view(*encoded, tokenizer) == [
+    assert spans_of(*encoded, tokenizer) == [
         ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False], ["Ho<|im_end|>", True], ["\n", False]]
 
 
@@ -101,3 +110,12 @@ def test_the_view_from_the_command_line(records_file, tiny_folder):
     done = subprocess.run([sys.executable, "-m", "parrot.chat", path, tiny_folder], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "«Ho<|im_end|>»" in done.stdout and "records.jsonl:1" in done.stderr
+
+
+def test_a_row_per_token_tells_a_control_token_from_its_characters(tokenizer):
+    messages = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "Ho"}]
+    rows = list(token_rows(*encode_chat(messages, tokenizer), tokenizer))
+    assert [row for row in rows if "<|im_end|>" in row and "'" not in row] == [
+        "     2          <|im_end|>", "     2  target  <|im_end|>"]
+    assert "<|im_end|>" in "".join(row.split("'")[1] for row in rows if "'" in row)  # typed, in pieces
+    assert rows[-3].split() == [str(tokenizer.encode("Ho")[0]), "target", "'Ho'"]

@@ -1,11 +1,12 @@
 """The command line: derived, bounded, and contradiction-free before anything loads."""
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 
-from parrot.config import SampleConfig, TrainConfig, parse
+from parrot.config import SampleConfig, TrainConfig
+from parrot.system.command_line import option, parse
 
 
 def train(*argv):
@@ -19,7 +20,8 @@ def test_every_field_is_a_flag_with_its_default():
 
 
 def test_the_preset_sets_defaults_that_flags_override():
-    assert (train("--quickstart").weights, train("--quickstart").out) == ("instruct-q4", "out/quickstart")
+    preset = train("--quickstart")
+    assert (preset.weights, preset.out) == ("instruct-q4", "out/quickstart")
     assert train("--quickstart", "--data", "mine.jsonl").data == "mine.jsonl"
 
 
@@ -30,10 +32,13 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
 
 @pytest.mark.parametrize("argv, message", [
     (["--learning-rate", "-1"], "--learning-rate: -1 must be above 0"),
-    (["--learning-rate", "nan"], "nan is not a finite number"), (["--epochs", "0"], "must be at least 1"),
+    (["--learning-rate", "nan"], "nan is not a finite number"),
+    (["--epochs", "0"], "must be at least 1"),
     (["--epochs", "1.5"], "invalid int value"), (["--device", "tpu"], "invalid choice: 'tpu'"),
-    (["--batch-size", "4", "--micro-batch-size", "8"], "--micro-batch-size 8 is larger than --batch-size 4"),
-    (["--learning-rate", "1e-5", "--min-learning-rate", "1e-4"], "--min-learning-rate 0.0001 is above"),
+    (["--batch-size", "4", "--micro-batch-size", "8"],
+     "--micro-batch-size 8 is larger than --batch-size 4"),
+    (["--learning-rate", "1e-5", "--min-learning-rate", "1e-4"],
+     "--min-learning-rate 0.0001 is above"),
     (["--out", "o\udce9x"], "is not UTF-8"),
     (["--out", "instruct"], "--out instruct is the name of a model"),
     (["--val-fraction", "1"], "must be at most 0.9"), (["--nonsense"], "unrecognized arguments")])
@@ -46,7 +51,8 @@ def test_wrong_settings_end_with_status_2_and_a_word(argv, message, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--top-p", "0"], "must be above 0"), (["--top-p", "1.1"], "must be at most 1"),
     (["--temperature", "-1"], "must be at least 0"), (["--prompt", " "], "--prompt is empty"),
-    (["--num-samples", "2"], "need a --prompt"), (["--compare", "a", "--model", "b", "--prompt", "x"], "--compare")])
+    (["--num-samples", "2"], "need a --prompt"),
+    (["--compare", "a", "--model", "b", "--prompt", "x"], "--compare")])
 def test_wrong_sampling_settings(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(SampleConfig, argv, "")
@@ -57,5 +63,36 @@ def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         train("--help")
     shown = capsys.readouterr().out
-    assert all("--" + each.name.replace("_", "-") in shown for each in fields(TrainConfig))
-    assert re.search(r"--seed INT\s+order of the examples \(default 0\)", shown) and "default False" not in shown
+    assert all("--" + setting.name.replace("_", "-") in shown for setting in fields(TrainConfig))
+    assert re.search(r"--seed INT\s+order of the examples \(default 0\)", shown)
+    assert "default False" not in shown and "default None" not in shown
+
+
+@dataclass
+class Base:
+    seed: int = option(0, "of all", at_least=0)
+
+
+@dataclass
+class Middle(Base):
+    share: float | None = option(None, "100% at most", at_most=1)
+
+
+@dataclass
+class Nested(Middle):
+    names: list[str] = option(None, "some")
+    seed: int = option(7, "a default of its own", at_least=0)
+
+
+def test_the_fields_of_base_classes_are_options_too(capsys):
+    assert parse(Nested, ["a", "b"], "") == Nested(7, None, ["a", "b"])
+    assert parse(Nested, ["a", "--share", "0.5", "--seed", "1"], "") == Nested(1, 0.5, ["a"])
+    for argv, message in ([["a", "--share", "1.5"], "argument --share: 1.5 must be at most 1"],
+                          [["a", "--seed", "-1"], "argument --seed: -1 must be at least 0"],
+                          [[], "the following arguments are required: MODEL"]):
+        with pytest.raises(SystemExit):
+            parse(Nested, argv, "")
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Nested, ["--help"], "")
+    assert "100% at most" in capsys.readouterr().out

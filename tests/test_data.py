@@ -9,12 +9,20 @@ from conftest import some_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parrot import data, hub, store
+from parrot import data
 from parrot.chat import encode_chat
-from parrot.console import UserError
-from parrot.data import Batch, examples_of_step, is_held_out, load_examples, micro_batches, steps_an_epoch
-from parrot.records import to_messages
-from parrot.tokenizer import Tokenizer
+from parrot.data import (
+    Batch,
+    examples_of_step,
+    is_held_out,
+    load_examples,
+    micro_batches,
+    steps_per_epoch,
+)
+from parrot.files import cache, examples
+from parrot.files.records import to_messages
+from parrot.files.tokenizer import Tokenizer
+from parrot.system.console import UserError
 
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -29,7 +37,7 @@ def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
 
 def test_every_record_is_too_long(records_file, tiny_tokenizer):
     path = records_file([{"messages": [{"role": "system", "content": "word " * 100}, USER, REPLY]}] * 3)
-    with pytest.raises(UserError, match="no example to train on .3 dropped: the prompt alone is too long"):
+    with pytest.raises(UserError, match="no example to train on .3 left out: longer than --max-length 50"):
         load_examples(path, tiny_tokenizer, 50, 0.1)
 
 
@@ -69,20 +77,19 @@ def test_examples_are_the_tokens_of_the_template(records_file, tiny_tokenizer):
     records = some_records(10)
     train, _, _ = load_examples(records_file(records), tiny_tokenizer, 1000, 0.0)
     for index, record in enumerate(records):
-        tokens, supervised = encode_chat(to_messages(record), tiny_tokenizer)
-        assert train[index][0].tolist() == tokens and train[index][1].tolist() == supervised
+        tokens, is_target = encode_chat(to_messages(record), tiny_tokenizer)
+        assert train[index][0].tolist() == tokens and train[index][1].tolist() == is_target
     assert train.source(3).endswith("records.jsonl:4")
 
 
-def test_what_was_cut_or_dropped_is_counted(records_file, tiny_tokenizer):
-    long = "word " * 500
+def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
     path = records_file([
-        {"instruction": "Q", "context": long, "response": "A"}, {"prompt": "Q", "completion": long},
-        {"messages": [{"role": "system", "content": long}, USER, REPLY]}, {"prompt": "Q", "completion": "A"}, {"x": 1}])
-    train, _, counts = load_examples(path, tiny_tokenizer, 100, 0.0, skip_bad=True)
-    assert (counts.context_cut, counts.reply_cut, counts.dropped, counts.bad) == (1, 1, 1, 1)
-    assert train.lengths.tolist()[1] == 100 and len(train) == 3
-    assert str(counts).count("\n") == 3 and ":5: its keys are x" in str(counts)
+        {"instruction": "Q", "context": "word " * 500, "response": "A"}, {"prompt": "Q", "completion": "word " * 500},
+        {"prompt": "Q", "completion": "A"}, {"x": 1}])
+    train, _, notes = load_examples(path, tiny_tokenizer, 100, 0.0, skip_bad=True)
+    assert len(train) == 1 and train.source(0).endswith(":3")
+    assert notes["told"][0] == "2 left out: longer than --max-length 100"
+    assert notes["told"][1].startswith("1 bad, left out: ") and ":4: its keys are x" in notes["told"][1]
 
 
 # ---- the cache
@@ -126,7 +133,7 @@ def test_another_tokenizer_and_another_kind_of_file_are_read_anew(records_file, 
 def test_the_cache_keeps_the_last_few(records_file, tiny_tokenizer):
     for count in range(10, 22):
         load_examples(records_file(some_records(count)), tiny_tokenizer, 100, 0.0)
-    assert len(list((hub.cache_folder() / "data").iterdir())) == 8
+    assert len(list((cache.cache_folder() / "data").iterdir())) == 8
 
 
 TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
@@ -135,18 +142,19 @@ TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
 @given(parts=st.lists(st.tuples(TOKENS, st.integers(0, 2**40), st.booleans())), large=st.booleans())
 def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
     folder, size = tmp_path_factory.mktemp("store"), 2**17 if large else 2**16
-    store.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
-    tokens, supervised, index = store.read(folder, size)
-    assert tokens.tolist() == [t for each, _, _ in parts for t in each]
-    assert supervised.tolist() == [t % 2 == 0 for each, _, _ in parts for t in each]
-    assert index.tolist() == [[len(each), number, held] for each, number, held in parts]
+    examples.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
+    for side, read in enumerate(examples.read(folder, size, "x:")):
+        written = [(tokens, number) for tokens, number, held in parts if held == side]
+        assert [read[i][0].tolist() for i in range(len(read))] == [tokens for tokens, _ in written]
+        assert [read[i][1].tolist() for i in range(len(read))] == [[t % 2 == 0 for t in tokens] for tokens, _ in written]
+        assert [read.source(i) for i in range(len(read))] == [f"x:{number}" for _, number in written]
 
 
 # ---- order and ribbons
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(records_file, tiny_tokenizer):
     train, _, _ = load_examples(records_file(some_records(50)), tiny_tokenizer, 1000, 0.0)
-    assert steps_an_epoch(train, 16) == 4
+    assert steps_per_epoch(train, 16) == 4
     assert [len(examples_of_step(step, train, 16, seed=0)) for step in range(8)] == [13, 13, 12, 12] * 2
     epochs = [np.concatenate([examples_of_step(4 * epoch + i, train, 16, seed=0) for i in range(4)]).tolist()
               for epoch in range(3)]
@@ -175,3 +183,13 @@ def test_micro_batches_keep_order_and_limits(lengths, most, budget):
     for batch in batches:
         assert len(batch) <= (most or len(lengths))
         assert len(batch) == 1 or not budget or sum(lengths[i] for i in batch) <= budget
+
+
+
+def test_editing_what_makes_the_tokens_changes_the_key(records_file, tiny_tokenizer, monkeypatch):
+    path = records_file(some_records(20))
+    load_examples(path, tiny_tokenizer, 100, 0.3)
+    monkeypatch.setattr(data, "CODE", "of an edited chat.py")
+    monkeypatch.setattr(data, "encode_pieces", None)
+    with pytest.raises(TypeError):  # None was called
+        load_examples(path, tiny_tokenizer, 100, 0.3)

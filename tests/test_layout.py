@@ -1,70 +1,113 @@
-"""The shape of the code: imports point one way, files stay short, docstrings run."""
+"""The shape of the code: imports run one way, files stay short, docstrings run."""
 
 import ast
 import doctest
+import graphlib
 import importlib
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
-LAYERS = [  # each imports only from the lines above it (or, within `chat` and `train`'s own view, below)
-    {"console"}, {"config", "files", "store", "varlen", "tiles", "device", "distributed"}, {"tokenizer", "attention"},
-    {"model", "chat", "gguf_import", "compiling", "captured"}, {"weights", "hub", "records", "optim", "shorten", "report", "packed", "limits"}, {"data", "speaker", "card"},
-    {"checkpoint", "training", "sampling"}, {"evaluate", "portrait", "benchmark"}]
-MODULES = sorted(path.stem for path in (ROOT / "parrot").glob("*.py") if path.stem != "__init__")
-LEARNERS_PATH = ["parrot/model.py", "parrot/attention.py", "parrot/chat.py", "parrot/data.py",
-                 "parrot/training.py", "parrot/sampling.py", "train.py", "sample.py"]
+from parrot.config import EvaluateConfig, SampleConfig, TrainConfig
+
+PARROT = ROOT / "parrot"
+COMMANDS = {"train", "sample", "parrot.evaluate"}
+SOURCES = [ROOT / "train.py", ROOT / "sample.py", *sorted(PARROT.rglob("*.py"))]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in SOURCES}
+# Lines that are not blank. These are to come down, to 3,000 in all, and never to go up: before you
+# add, find what goes.
+BUDGETS = {"lesson": 1092, "fast": 438, "files": 697, "run": 682, "system": 358, "evaluate": 255}
 
 
-def test_imports_point_one_way():
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    assert sorted(level) == MODULES
-    for name in MODULES:
-        tree = ast.parse((ROOT / "parrot" / f"{name}.py").read_text(encoding="utf-8"))
-        for node in tree.body:  # at the top: what a module needs to exist
-            imported = [f"{node.module}.{a.name}" if node.module == "parrot" else node.module
-                        for a in node.names] if isinstance(node, ast.ImportFrom) else []
-            for module in imported:
-                assert module.split(".")[0] not in ("train", "sample"), name
-                if module.startswith("parrot."):
-                    assert level[module.split(".")[1]] < level[name], f"{name} imports {module}"
+def folder_of(module):
+    """parrot.fast.tiles -> fast; what lies at the top of parrot/ is the lesson, or a command."""
+    if module in COMMANDS:
+        return "commands"
+    parts = module.split(".")
+    is_folder = len(parts) > 1 and (PARROT / parts[1]).is_dir()
+    return parts[1] if is_folder else "lesson"
+
+
+def imports_of(path):
+    """All modules of ours that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+GRAPH = {module: {name for name in imports_of(path) if name in MODULES and name != "parrot"}
+         for module, path in MODULES.items()}
+
+
+def test_there_is_no_circle_of_imports():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names it
+
+
+def test_imports_run_one_way_between_folders():
+    """The folders can be put in an order in which each imports only from those before it."""
+    folders = {}
+    for module, imported in GRAPH.items():
+        folder = folder_of(module)
+        folders.setdefault(folder, set()).update({folder_of(name) for name in imported} - {folder})
+    order = list(graphlib.TopologicalSorter(folders).static_order())
+    assert order.index("system") < order.index("files") < order.index("lesson")
+    assert order.index("fast") < order.index("lesson") < order.index("run") < order.index("commands")
 
 
 def lines_of(paths):
     """Lines that are not blank."""
-    return sum(bool(line.strip()) for path in paths for line in (ROOT / path).read_text(encoding="utf-8").splitlines())
+    return sum(bool(line.strip()) for path in paths
+               for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def test_the_code_stays_small():
-    assert lines_of(LEARNERS_PATH) <= 1000
-    assert lines_of([f"parrot/{name}.py" for name in MODULES] + ["train.py", "sample.py"]) <= 3250
+def test_each_folder_keeps_to_its_budget():
+    paths = {name: [] for name in BUDGETS}
+    for module, path in MODULES.items():
+        folder = "evaluate" if module == "parrot.evaluate" else folder_of(module)
+        paths["lesson" if folder == "commands" else folder].append(path)
+    lines = {name: lines_of(files) for name, files in paths.items()}
+    assert all(lines[name] <= BUDGETS[name] for name in BUDGETS), lines
 
 
-def test_every_name_is_defined_and_used():
-    """Of code that no other test runs, too: what needs a GPU, or peers to measure against."""
-    sources = [ROOT / name for name in ("parrot", "tests", "train.py", "sample.py")]
-    found = subprocess.run([sys.executable, "-m", "pyflakes", *sources], capture_output=True, text=True)
-    assert found.stdout + found.stderr == ""
+def test_functions_and_lines_stay_short():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert max(map(len, text.splitlines()), default=0) <= 100, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= (60 if node.name == "train" else 45), f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"parrot.{name}")
-    assert module.__doc__
-    assert doctest.testmod(module).failed == 0
+def test_ruff_has_nothing_to_say():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_names_real_flags_and_files():
-    from dataclasses import fields
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_examples_in_docstrings(module):
+    imported = importlib.import_module(module)
+    assert imported.__doc__ or not MODULES[module].read_text().strip()
+    assert doctest.testmod(imported).failed == 0
 
-    from parrot.config import BenchmarkConfig, EvaluateConfig, SampleConfig, TrainConfig
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    configs = (TrainConfig, SampleConfig, EvaluateConfig, BenchmarkConfig)
-    flags = {"--" + f.name.replace("_", "-") for c in configs for f in fields(c)}
-    compare = (ROOT / "tests" / "benchmarks" / "compare.py").read_text(encoding="utf-8")
-    flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', compare))
-    assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= flags | {"--help"}
-    assert all(f"{name}.py" in readme for name in MODULES)
+
+def test_the_readmes_name_real_flags_and_files():
+    flags = {"--" + field.name.replace("_", "-")
+             for config in (TrainConfig, SampleConfig, EvaluateConfig) for field in fields(config)}
+    for path in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text(encoding="utf-8")))
+    for path in (ROOT / "README.md", PARROT / "README.md", ROOT / "tests/benchmarks/README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | {"--help"}, path
+        for name in re.findall(r"`((?:parrot|tests)/[\w/]+\.\w+|\w+\.py)`", text):
+            places = (ROOT / name, PARROT / name, ROOT / "tests" / "benchmarks" / name)
+            assert any(place.exists() for place in places), f"{path}: {name}"

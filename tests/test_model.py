@@ -1,11 +1,12 @@
 """Our logits against transformers, on the real weights and on small random shapes."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from parrot import weights
 from parrot.attention import KVCache, Ribbon
 from parrot.model import Llama, rope_angles, rotate
 
@@ -19,8 +20,8 @@ def logits_of(model, tokens):
         return model.logits(model(tokens, Ribbon([len(tokens)])))
 
 
-def test_logits_on_the_real_weights(q4_folder, tokenizer):
-    model = weights.load_model(q4_folder)
+def test_logits_on_the_real_weights(both_ways, q4_folder, tokenizer):
+    model = Llama.load(q4_folder)
     reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
     for prompt in PROMPTS:
         tokens = torch.tensor(tokenizer.encode(prompt))
@@ -33,7 +34,7 @@ def test_logits_on_the_real_weights(q4_folder, tokenizer):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
-def test_logits_on_random_shapes(heads, kv_heads, tied):
+def test_logits_on_random_shapes(both_ways, heads, kv_heads, tied):
     model = tiny_model(tiny_config(heads, kv_heads, tied))
     c = model.config
     reference = LlamaForCausalLM(LlamaConfig(
@@ -49,13 +50,13 @@ def test_logits_on_random_shapes(heads, kv_heads, tied):
 
 
 def test_a_tied_head_is_the_embedding_and_is_counted_once(q4_folder):
-    model = weights.load_model(q4_folder)
+    model = Llama.load(q4_folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
 
-def test_a_ribbon_gives_each_document_its_own_logits(q4_folder, tokenizer):
-    model = weights.load_model(q4_folder)
+def test_a_ribbon_gives_each_document_its_own_logits(both_ways, q4_folder, tokenizer):
+    model = Llama.load(q4_folder)
     documents = [torch.tensor(tokenizer.encode(prompt)) for prompt in PROMPTS]
     with torch.no_grad():
         together = model.logits(model(torch.cat(documents), Ribbon([len(d) for d in documents])))
@@ -63,7 +64,7 @@ def test_a_ribbon_gives_each_document_its_own_logits(q4_folder, tokenizer):
         assert torch.allclose(ours, logits_of(model, document), atol=1e-4, rtol=0)
 
 
-def test_cached_logits_are_the_uncached_ones():
+def test_cached_logits_are_the_uncached_ones(both_ways):
     """Two prompts of different lengths, read together, then continued token by token."""
     model = tiny_model()
     tokens = [torch.randint(0, 320, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 21)]
@@ -99,3 +100,14 @@ def test_gradients_reach_every_parameter():
 def test_the_module_holds_no_hidden_buffers():
     """All that a checkpoint must keep are the parameters."""
     assert not list(Llama(tiny_config()).buffers())
+
+
+def test_tokens_that_do_not_fit_the_layout_are_an_error_in_words():
+    with pytest.raises(ValueError, match="5 tokens on a layout of 6"):
+        tiny_model()(torch.arange(5), Ribbon([4, 2]))
+
+
+def test_a_new_model_has_sensible_random_weights():
+    model = Llama(tiny_config())
+    loss = torch.nn.functional.cross_entropy(logits_of(model, torch.arange(50)), torch.arange(100, 150))
+    assert loss.item() == pytest.approx(math.log(320), rel=0.02)  # as unsure as can be

@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT, tiny_model
 
 import sample
-from parrot import sampling, speaker, weights
+from parrot import assistant, sampling
 from parrot.chat import encode_prompt
 from parrot.config import REPETITION_PENALTY
-from parrot.console import run_program
+from parrot.system.console import run_program
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ SHORT = ("--max-new-tokens", 12)
 
 def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
     status, out, err = ask("--model", tiny_folder, "--prompt", "Hi", "--temperature", 0, "--dtype", "float32", *SHORT)
-    model, tokenizer = weights.load(tiny_folder)
+    model, tokenizer = assistant.load(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
     steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
                             repetition_penalty=REPETITION_PENALTY)
@@ -64,7 +64,7 @@ def test_plain_format_goes_on_with_the_text(ask, tiny_folder):
 
 def test_models_side_by_side(ask, tiny_folder, tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    weights.save_model(tmp_path / "other", tiny_model(seed=5), tiny_tokenizer, torch.float32)
+    assistant.save(tmp_path / "other", tiny_model(seed=5), tiny_tokenizer, torch.float32)
     status, out, _ = ask("--compare", tiny_folder, tmp_path / "other", "--prompt", "Hi", "--temperature", 0, *SHORT)
     alone = ask("--model", tmp_path / "other", "--prompt", "Hi", "--temperature", 0, *SHORT)[1]
     columns = ["".join(line[start:start + 50].strip() for line in out.splitlines()) for start in (0, 50)]
@@ -77,8 +77,8 @@ def test_columns_fall_below_each_other_where_it_is_narrow():
 
 
 def test_a_chat_remembers_its_turns(ask, tiny_folder, monkeypatch):
-    seen, original = [], speaker.encode_prompt
-    monkeypatch.setattr(speaker, "encode_prompt",
+    seen, original = [], assistant.encode_prompt
+    monkeypatch.setattr(assistant, "encode_prompt",
                         lambda messages, *rest: seen.append(list(messages)) or original(messages, *rest))
     status, out, err = ask("--model", tiny_folder, "--temperature", 0, *SHORT, stdin="Hi\nAnd now?\n\n")
     assert status == 0 and err.count("you> ") == 3 and len(out.splitlines()) >= 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,12 @@ from test_training import reference_loss
 from transformers import AutoModelForCausalLM
 
 import train
-from parrot import weights
+from parrot import assistant
 from parrot.config import TrainConfig
-from parrot.console import UserError
 from parrot.data import examples_of_step, load_examples
-from parrot.distributed import Processes
-from parrot.optim import learning_rate
+from parrot.system.console import Interrupted, UserError
+from parrot.system.distributed import Processes
+from parrot.training import held_out_loss, learning_rate
 
 
 @pytest.fixture
@@ -39,16 +40,17 @@ def config(tiny_folder, tmp_path, records_file):
 def metrics(folder):
     """metrics.jsonl without what time changes."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "share_of_limit")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
 def weights_of(folder):
     return open(os.path.join(folder, "model.safetensors"), "rb").read()
 
 
-def test_a_run_equals_a_plain_loop_of_transformers(config, tiny_tokenizer):
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_run_equals_a_plain_loop_of_transformers(plain, config, tiny_tokenizer):
     """Order, schedule, clipping, AdamW, loss, held-out loss: all of it, in 10 steps."""
-    c = config(val_fraction=0, weight_decay=0.1, max_steps=10)
+    c = config(val_fraction=0, weight_decay=0.1, max_steps=10, plain=plain)
     train.train(c)
     examples, _, _ = load_examples(c.data, tiny_tokenizer, c.max_length, 0)
     reference = AutoModelForCausalLM.from_pretrained(c.weights, dtype=torch.float32)
@@ -79,19 +81,18 @@ def test_the_best_by_held_out_loss_stays(config, monkeypatch):
     about = json.load(open(os.path.join(c.out, "run.json")))
     best = min((loss, step) for step, loss in losses.items() if step)
     assert about["best_loss"] == best[0] < losses[max(losses)] and 0 < best[1] < max(losses)
-    from parrot.training import held_out_loss
-    model, tokenizer = weights.load(c.out)
+    model, tokenizer = assistant.load(c.out)
     _, held_out, _ = load_examples(c.data, tokenizer, c.max_length, c.val_fraction)
     assert held_out_loss(model, held_out, 4096, torch.float32, Processes()) == pytest.approx(best[0], rel=1e-6)
 
 
 def test_without_bfloat16_units_all_is_float32(config, monkeypatch):
     """What is computed, what is saved, and what is told of it."""
-    monkeypatch.setattr("parrot.device.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("parrot.system.device.multiplies_bfloat16", lambda _: False)
     c = config(dtype="bfloat16", max_steps=2)
     train.train(c)
     assert {tensor.dtype for tensor in load_file(os.path.join(c.out, "model.safetensors")).values()} == {torch.float32}
-    assert json.load(open(os.path.join(c.out, "run.json")))["config"]["dtype"] == "float32"
+    assert json.load(open(os.path.join(c.out, "run.json")))["dtype"] == "float32"
     exact = config(dtype="float32", max_steps=2, out=c.out + "-exact")
     train.train(exact)
     assert open(os.path.join(c.out, "model.safetensors"), "rb").read() == open(os.path.join(exact.out, "model.safetensors"), "rb").read()
@@ -179,12 +180,12 @@ def test_a_home_that_the_shell_did_not_expand(config, tmp_path, monkeypatch):
 
 
 def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_path, records_file, monkeypatch, tiny_tokenizer):
-    weights.save_model(tmp_path / "other", tiny_model(seed=9), tiny_tokenizer, torch.float32)
+    assistant.save(tmp_path / "other", tiny_model(seed=9), tiny_tokenizer, torch.float32)
     c = config()
     eps = shutil.copytree(c.weights, tmp_path / "eps")
     (eps / "config.json").write_text((eps / "config.json").read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1'))
     interrupt_after(monkeypatch, 5)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(Interrupted):
         train.train(c)
     monkeypatch.undo()
     for changes, words in [({"learning_rate": 2e-2}, "--learning-rate was 0.01 and is now 0.02"),
@@ -203,7 +204,7 @@ def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_pa
 
 def interrupt_after(monkeypatch, step):
     """Send ourselves SIGINT while optimizer step `step` is under way."""
-    original = train.accumulate_gradients
+    original = train.loss_sum
     calls = []
 
     def accumulate(*args):
@@ -211,13 +212,13 @@ def interrupt_after(monkeypatch, step):
         if len(calls) == step:
             signal.raise_signal(signal.SIGINT)
         return original(*args)
-    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(train, "loss_sum", accumulate)
 
 
 def test_interrupted_before_the_first_step(config, monkeypatch):
     """During the first evaluation there is nothing to save, and resuming starts from the beginning."""
-    monkeypatch.setattr(train, "held_out_loss", lambda *args: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(train.Interrupted, match="after step 0"):
+    monkeypatch.setattr("parrot.run.trainer.held_out_loss", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="after step 0"):
         train.train(config())
     monkeypatch.undo()
     train.train(config(resume=True))
@@ -243,7 +244,7 @@ def test_two_processes_give_the_run_of_one(batch_size, epochs, config, tmp_path)
 
 def test_an_unfinished_run_is_not_written_over(config, monkeypatch):
     interrupt_after(monkeypatch, 2)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(Interrupted):
         train.train(config())
     with pytest.raises(UserError, match=r"unfinished run \(--resume goes on\)"):
         train.train(config())
@@ -255,6 +256,34 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
     with pytest.raises(UserError, match="not a run's folder"):
         train.train(config())
     assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+# ---- runs that are only looked at
+
+def test_a_dry_run_tells_and_writes_nothing(config, capsys):
+    c = config(dry_run=True)
+    train.train(c)
+    told = capsys.readouterr()
+    assert not os.path.exists(c.out) and "<|im_start|>user" in told.out
+    assert re.search(r"an example has \d+ tokens \(median\), .* \d+% of the tokens are targets", told.err)
+    assert "10 steps of up to 8 examples" in told.err and "Nothing was written" in told.err
+    assert re.search(r"the steps about \d+\.\d h; about \d+\.\d GB of memory; \d+\.\d GB of disk", told.err)
+
+
+def test_questions_of_ones_own_are_asked_before_and_after(config, capsys):
+    c = config(ask=["How far is it?"], max_steps=1)
+    train.train(c)
+    shown = json.load(open(os.path.join(c.out, "report.json")))
+    assert capsys.readouterr().err.count("  How far is it?  ->  ") == 2
+    assert all("How far is it?" in [question for question, *_ in shown[when]] for when in ("before", "after"))
+
+
+def test_a_run_that_keeps_nothing_leaves_no_weights(config):
+    c = config(keep="no", save_every=1, max_steps=3)
+    train.train(c)
+    assert sorted(os.listdir(c.out)) == ["README.md", "metrics.jsonl", "report.html", "report.json", "run.json"]
+    train.train(config(max_steps=3, out=c.out + "-kept"))
+    assert metrics(c.out) == metrics(c.out + "-kept")
 
 
 # ---- what goes wrong
@@ -275,8 +304,8 @@ def test_a_held_out_loss_that_is_not_finite_keeps_no_model(config):
 
 
 def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
-    original, calls = train.accumulate_gradients, []
-    monkeypatch.setattr(train, "accumulate_gradients",
+    original, calls = train.loss_sum, []
+    monkeypatch.setattr(train, "loss_sum",
                         lambda *args: calls.append(1) or original(*args) + (float("nan") if len(calls) == 6 else 0))
     with pytest.raises(UserError, match="step 6: the loss is nan.*step-000004 is whole"):
         train.train(config())
@@ -287,7 +316,7 @@ def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
 
 
 def test_an_example_longer_than_the_context_is_refused(config, records_file):
-    long = records_file([{"prompt": "1" * 600, "completion": "A"}] * 9, "long.jsonl")
+    long = records_file([{"prompt": "1" * 600, "completion": "A"}, *some_records(9)], "long.jsonl")
     with pytest.raises(UserError, match=r"long.jsonl has an example of 6\d\d tokens, .* holds 512: set --max-length 512"):
         train.train(config(data=str(long), val_fraction=0))
     train.train(config(data=str(long), val_fraction=0, max_length=512, max_steps=1))
@@ -299,7 +328,7 @@ def test_names_in_bytes_that_are_no_text(config, records_file):
     c = config(data=str(data), max_steps=1)
     train.train(c)
     about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
-    assert about["config"]["data"] == c.data and list(about["counts"]["categories"]) == ["\ud800"]
+    assert about["config"]["data"] == os.path.basename(c.data) and list(about["notes"]["categories"]) == ["\ud800"]
 
 
 def test_there_is_nothing_to_resume(config, tmp_path):

@@ -1,7 +1,6 @@
 """The loss and its gradient, against transformers with padding and against every split."""
 
-import os
-import shutil
+import math
 
 import numpy as np
 import pytest
@@ -9,32 +8,26 @@ import torch
 from conftest import some_records, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from parrot import training, weights
-from parrot.compiling import compile_blocks
+from parrot import assistant
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
-from parrot.device import multiplies_bfloat16
-from parrot.distributed import Processes
-from parrot.optim import make_optimizer
-from parrot.training import accumulate_gradients, cross_entropy, held_out_loss
+from parrot.fast import head
+from parrot.model import Llama
+from parrot.system.device import multiplies_bfloat16
+from parrot.system.distributed import Processes
+from parrot.training import held_out_loss, learning_rate, loss_sum, make_optimizer
 
 
 def accumulate(model, batches, dtype=torch.float32):
-    """The gradient of a whole step in one process."""
-    return float(accumulate_gradients(model, batches, sum(len(batch.targets) for batch in batches), dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 8, 19])
-def test_the_loss_and_its_gradient_by_hand_are_those_of_autograd(rows, dtype):
-    logits = (torch.randn(rows, 1000, generator=torch.Generator().manual_seed(0)) * 20).to(dtype).requires_grad_()
-    targets = torch.arange(rows) * 7 % 1000
-    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    (expected.sum() / 50).backward()
-    losses, gradient = cross_entropy(logits.detach().clone(), targets, 1 / 50)
-    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
-    assert gradient.dtype == dtype and torch.allclose(gradient, logits.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4,
-                                                      atol=1e-8)
+    """The gradient of a whole step, as in train.py; returns its mean loss."""
+    num_targets, total = sum(len(batch.targets) for batch in batches), 0.0
+    for batch in batches:
+        loss = loss_sum(model, batch, dtype)
+        loss.backward()
+        total += loss.item()
+    for parameter in model.parameters():
+        parameter.grad /= num_targets
+    return total / num_targets
 
 
 @pytest.fixture
@@ -50,9 +43,9 @@ def reference_loss(reference, examples, indices):
     mask = np.zeros((len(indices), longest), np.int64)
     labels[:] = -100
     for row, index in enumerate(indices):
-        example, supervised = examples[index]
+        example, is_target = examples[index]
         tokens[row, :len(example)], mask[row, :len(example)] = example, 1
-        labels[row, :len(example)] = np.where(supervised, example.astype(np.int64), -100)
+        labels[row, :len(example)] = np.where(is_target, example.astype(np.int64), -100)
     logits = reference(input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).logits
     labels = torch.from_numpy(labels)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
@@ -73,9 +66,9 @@ def close(a, b, tolerance):
 
 @pytest.mark.parametrize("split", [(1, None), (4, None), (64, None), (None, 100), (None, 1000), (7, 500)])
 @pytest.mark.parametrize("rows_at_once", [5, 1024])
-def test_any_split_gives_the_gradient_of_transformers(split, rows_at_once, examples, tiny_folder, monkeypatch):
-    monkeypatch.setattr(training, "ROWS_AT_ONCE", rows_at_once)
-    model = weights.load_model(tiny_folder)
+def test_any_split_gives_the_gradient_of_transformers(split, rows_at_once, both_ways, examples, tiny_folder, monkeypatch):
+    monkeypatch.setattr(head, "ROWS_AT_ONCE", rows_at_once)
+    model = Llama.load(tiny_folder)
     loss, grads = gradients(model, examples, *split)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     expected = reference_loss(reference, examples, range(64))
@@ -92,27 +85,10 @@ def test_any_split_gives_the_gradient_of_transformers(split, rows_at_once, examp
     assert all(close(ours[name], parameter, 2e-5) for name, parameter in reference.named_parameters())
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_code_gives_the_same_step(examples, tiny_folder):
-    """Loss, gradient and parameters after AdamW, for every split of the 64 examples."""
-    plain, compiled = weights.load_model(tiny_folder), weights.load_model(tiny_folder)
-    assert compile_blocks(compiled, "on", 0, torch.float32)
-    expected_loss, expected = gradients(plain, examples)
-    for split in ((None, None), (1, None), (4, None), (None, 300)):
-        loss, grads = gradients(compiled, examples, *split)
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert all(close(grads[name], expected[name], 2e-5) for name in expected)
-    for model in (plain, compiled):
-        make_optimizer(model, TrainConfig()).step()
-    assert all(close(c, p, 1e-5) for c, p in zip(compiled.parameters(), plain.parameters()))
-    assert held_out_loss(compiled, examples, 300, torch.float32, Processes()) == pytest.approx(
-        held_out_loss(plain, examples, 300, torch.float32, Processes()), rel=1e-4)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_path, tiny_tokenizer):
-    weights.save_model(tmp_path, tiny_model(tiny_config(tied=tied)), tiny_tokenizer, torch.float32)
-    model = weights.load_model(tmp_path)
+    assistant.save(tmp_path, tiny_model(tiny_config(tied=tied)), tiny_tokenizer, torch.float32)
+    model = Llama.load(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     config = TrainConfig(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(model, config)
@@ -133,9 +109,9 @@ def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_pa
         assert close(ours[name], parameter, 1e-4), name
 
 
-def test_real_weights_have_the_loss_and_gradient_of_transformers(q4_folder, tokenizer, records_file):
+def test_real_weights_have_the_loss_and_gradient_of_transformers(both_ways, q4_folder, tokenizer, records_file):
     examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
-    model = weights.load_model(q4_folder)
+    model = Llama.load(q4_folder)
     loss = accumulate(model, [Batch.of(examples, [0, 1]), Batch.of(examples, [2, 3, 4, 5])])
     reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
     expected = reference_loss(reference, examples, range(6))
@@ -149,7 +125,7 @@ def test_real_weights_have_the_loss_and_gradient_of_transformers(q4_folder, toke
 @pytest.mark.skipif(not multiplies_bfloat16(torch.device("cpu")), reason="takes a quarter of an hour on a CPU without bfloat16 units")
 def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
     examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
-    model = weights.load_model(q4_folder)
+    model = Llama.load(q4_folder)
     batch = Batch.of(examples, range(6))
     exact = accumulate(model, [batch])
     watched = [model.model.layers[15].mlp.up_proj.weight, model.model.embed_tokens.weight]  # the latter is lm_head's, too
@@ -159,8 +135,8 @@ def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
     assert all(close(weight.grad, before, 0.1) and weight.grad.dtype == torch.float32 for weight, before in zip(watched, expected))
 
 
-def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(examples, tiny_folder):
-    model = weights.load_model(tiny_folder)
+def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(both_ways, examples, tiny_folder):
+    model = Llama.load(tiny_folder)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.no_grad():
         mean = reference_loss(reference, examples, range(64)).item()
@@ -169,7 +145,7 @@ def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(examples, tin
 
 
 def test_held_out_loss_stops_when_asked(examples, tiny_folder):
-    assert held_out_loss(weights.load_model(tiny_folder), examples, 100, torch.float32, Processes(), lambda: True) is None
+    assert held_out_loss(Llama.load(tiny_folder), examples, 100, torch.float32, Processes(), lambda: True) is None
 
 
 def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
@@ -186,3 +162,33 @@ def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
     steps = list(generate(model, [prompt], {tiny_tokenizer.control("<|im_end|>")}, max_new_tokens=20,
                           temperature=0, top_p=1))
     assert tiny_tokenizer.decode([token for token, in steps]) == "Ho ho"
+
+
+# ---- how the weights move
+
+def test_the_schedule_by_hand():
+    rates = [learning_rate(step, 12, peak=2.0, floor=0.2, warmup_ratio=0.25) for step in range(12)]
+    assert rates[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    assert rates[3] == pytest.approx(2.0) and rates[-1] == pytest.approx(0.2)
+    assert rates[7] == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi * 4 / 8)) / 2)
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
+
+
+def test_the_warmup_is_rounded_to_whole_steps():
+    assert [learning_rate(step, 11, 3.0, 0.3, 0.25) for step in range(4)] == pytest.approx([1, 2, 3, 3])  # 2.75 steps
+
+
+@pytest.mark.parametrize("total, warmup", [(1, 0.0), (1, 1.0), (2, 0.5), (3, 1.0)])
+def test_short_schedules_stay_within_bounds(total, warmup):
+    assert all(0.1 <= learning_rate(s, total, 1.0, 0.1, warmup) <= 1.0 for s in range(total))
+
+
+def test_matrices_decay_and_scales_do_not():
+    model = tiny_model()
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.5, weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # without a gradient, only decay moves anything
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] if "norm" in name else before[name] * 0.95, atol=1e-6), name

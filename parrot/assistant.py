@@ -1,0 +1,68 @@
+"""A model folder with all that it takes to talk to it: network, tokenizer, format, stop tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from parrot import fast
+from parrot.chat import CHAT_TEMPLATE, default_system, encode_prompt
+from parrot.fast.packed import pack
+from parrot.files import model_folder
+from parrot.files.tokenizer import Tokenizer
+from parrot.model import Llama
+from parrot.system.console import UserError
+
+
+def load(folder, dtype=torch.float32, device="cpu"):
+    """A model folder -> (Llama, Tokenizer), checked to fit each other."""
+    tokenizer, model = Tokenizer(folder), Llama.load(folder, dtype, device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's "
+                        f"embedding {model.config.vocab_size}")
+    return model, tokenizer
+
+
+def save(folder, model: Llama, tokenizer: Tokenizer, dtype):
+    """Write a trained model as a folder that transformers and llama.cpp's converter read too."""
+    tensors = {name: parameter.detach().to("cpu", dtype)
+               for name, parameter in model.named_parameters()}
+    model_folder.write(folder, asdict(model.config), tensors, tokenizer, CHAT_TEMPLATE)
+
+
+@dataclass
+class Assistant:
+    """A loaded model folder."""
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    stop: set  # the ids that end a reply
+    chats: bool  # or only continues the text
+    system: str | None  # the system turn that its template adds by itself
+
+    @classmethod
+    def load(cls, name, folder, dtype, device, format="auto", writes=True):
+        """A model folder -> Assistant. format: chat, plain, or auto: as the folder is.
+
+        writes: more than one reply, so that packing the weights (up to a second) pays.
+        """
+        model, tokenizer = load(folder, dtype, device)
+        if fast.enabled and writes:  # fast/packed.py
+            model = pack(model)
+        return cls.of(name, model, tokenizer, format)
+
+    @classmethod
+    def of(cls, name, model, tokenizer, format="auto"):
+        """A model that is loaded already -> Assistant."""
+        template = tokenizer.chat_template
+        chats = format == "chat" or (format == "auto" and template is not None)
+        system = default_system(template) if chats and template else None
+        stop = model_folder.stop_tokens(tokenizer, chats)
+        return cls(name, model, tokenizer, stop, chats, system)
+
+    def prompt(self, messages):
+        """The tokens that the reply follows: the template around all turns, or the bare text."""
+        if self.chats:
+            return encode_prompt(messages, self.tokenizer, self.system)
+        return self.tokenizer.encode(messages[-1]["content"])

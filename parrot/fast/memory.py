@@ -1,0 +1,30 @@
+"""The C library's malloc, faster for training on a CPU: freed memory is used again at once.
+
+By itself glibc returns large blocks to the kernel, and each new tensor waits for its pages: without
+this, training on two cores takes a tenth longer. It replaces nothing and changes no number. What is
+kept breaks into pieces with time, so it is given back after each step; else a run grew to 22 GB.
+"""
+
+import ctypes
+import os
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def _libc():
+    """The C library, where its malloc is glibc's."""
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+def keep_freed():
+    """From now on, keep freed memory for the next tensor."""
+    if libc := _libc():
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back():
+    """Return to the kernel what is free."""
+    if libc := _libc():
+        libc.malloc_trim(0)

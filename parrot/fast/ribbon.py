@@ -1,0 +1,66 @@
+"""attention.Ribbon.attend, faster: which kernel takes the documents of a ribbon.
+
+    a CPU                                     tiles.py, documents of up to 2,048 tokens
+    CUDA, bfloat16, compute capability 8.0    torch's varlen_attn: all documents in one call
+    the rest                                  torch's own attention, a document at a time
+
+A ribbon of 900 tokens, the real model forward and back on a core without bfloat16 units: 11.3 s and
+2.7 GB in tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from parrot.fast import tiles
+from parrot.system.device import send
+
+
+class FastAttention:
+    """Causal attention inside documents of `lengths` tokens."""
+
+    def __init__(self, lengths, device):
+        self.lengths, self.tiles, self.seams = lengths, None, None
+        device = torch.device(device)
+        if device.type == "cpu" and max(lengths) <= tiles.LONGEST:
+            self.tiles = tiles.Tiles(lengths)
+        elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            self.seams = send(seams(lengths), device)
+
+    def attend(self, q, k, v):
+        """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+        if self.tiles:
+            return self.tiles.attend(q, k, v)
+        if self.seams is not None and varlen_takes(q):
+            return varlen(q, k, v, self.seams, max(self.lengths))
+        return document_by_document(q, k, v, self.lengths)
+
+
+def document_by_document(q, k, v, lengths):
+    """torch's scaled_dot_product_attention on each document."""
+    q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+    outputs = [F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
+               for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)
+
+
+# ---- torch's variable-length flash attention
+
+def varlen_takes(q):
+    """Whether the kernel knows this type and this size of heads."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def seams(lengths):
+    """Lengths of documents -> where each begins, and the end of the last (documents + 1,).
+
+    >>> seams([3, 2])
+    tensor([0, 3, 5], dtype=torch.int32)
+    """
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def varlen(q, k, v, seams, longest):
+    """All documents in one call: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn  # late: a second that a CPU need not wait
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
+    return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))

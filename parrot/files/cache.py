@@ -1,0 +1,77 @@
+"""What is computed once and kept: imported models and tokenised data."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from parrot.system.console import UserError
+from parrot.system.disk import flush, read_json, sha256_of, write_json
+
+SIZES = "sizes.json"  # the size of every other file of a folder, to notice one that is truncated
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if place.startswith("~"):  # as in a container whose user has no name
+        raise UserError("no place for the cache: set HOME, or XDG_CACHE_HOME, to a folder of yours")
+    return Path(place) / "littleparrot"
+
+
+def source_hash(*sources) -> str:
+    """The sha256 over source files (modules or paths): a part of the key of what they make."""
+    hashes = [sha256_of(getattr(source, "__file__", source)) for source in sources]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def kept(name: str, make, at_most: int = 1000) -> Path:
+    """The folder `name` of the cache, made by `make(folder)` if need be; the newest stay."""
+    folder = cache_folder() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another process is deleting the same
+            _clean(folder, at_most)
+        if not _is_complete(folder):
+            _fill(folder, make)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the cache {folder}: {error} (see XDG_CACHE_HOME)") from None
+    return folder
+
+
+def _clean(folder, at_most):
+    """Delete what killed processes left beside `folder`, and the oldest folders."""
+    now = time.time()  # abs: a date in the future, which a wrong clock set, is as bad as an old one
+    ages = {path: abs(now - path.stat().st_mtime) for path in folder.parent.iterdir()}
+    unfinished = {path for path in ages if path.name.startswith("tmp")}
+    finished = sorted(ages.keys() - unfinished - {folder}, key=ages.get)
+    old = [path for path in unfinished if ages[path] > 24 * 3600]
+    for path in old + finished[at_most - 1:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_complete(folder):
+    try:
+        sizes = read_json(folder / SIZES)
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (UserError, OSError, ValueError):
+        return False
+
+
+def _fill(folder, make):
+    """Make all of a folder or nothing, even at a power cut."""
+    with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        make(made)
+        write_json(made / SIZES, {path.name: path.stat().st_size for path in made.iterdir()})
+        for path in (*made.iterdir(), made):
+            flush(path)
+        if not _is_complete(folder):  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)

@@ -1,0 +1,164 @@
+"""A Hugging Face model folder: its config, its tensors, the tokens that end a reply.
+
+Reading is strict: a field that our network cannot do, and a tensor that is missing, left over or
+of another shape, is refused by name. A model that is only nearly right answers nonsense.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from parrot.files.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
+from parrot.system.console import UserError
+from parrot.system.disk import read_json, replace_file, write_json
+
+SUPPORTED = {  # fields that would change the computation, and the values that we compute
+    "model_type": ("llama",), "hidden_act": ("silu", "swish", None), "rope_scaling": (None,),
+    "attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1.0, None), "sliding_window": (None,), "quantization_config": (None,)}
+FIELDS = {  # kind, largest value that is believed, default
+    "vocab_size": (int, 10**6, None), "hidden_size": (int, 10**6, None),
+    "intermediate_size": (int, 10**6, None), "num_hidden_layers": (int, 1000, None),
+    "num_attention_heads": (int, 10**6, None),
+    "num_key_value_heads": (int, 10**6, lambda config: config["num_attention_heads"]),
+    "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
+    "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
+    "rope_theta": (float, 10**12, 10000.0)}
+ONLY_SAFETENSORS = ("only .safetensors are read: convert a pickle (.bin, .pt) or .onnx with "
+                    "transformers' save_pretrained; merge an adapter into its model first")
+
+
+def read_config(folder) -> dict:
+    """config.json -> the arguments of LlamaConfig; UserError names a field that we cannot do."""
+    path = Path(folder) / "config.json"
+    raw = {field: value for field, value in read_json(path).items() if value is not None}
+    rope = raw.get("rope_parameters", {})  # where transformers 5 writes RoPE's fields
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r:.60}, expected an object")
+    raw = {**rope, **raw}
+    theta = raw.get("rope_theta")
+    plain = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1}
+    for field, value in rope.items():
+        if value != plain.get(field):
+            raise UserError(f"{path}: rope_parameters.{field} is {value!r:.50}, not plain RoPE")
+    for field, values in SUPPORTED.items():
+        value = raw.get(field)
+        if value not in values:
+            raise UserError(f"{path}: {field} is {value!r:.60}; only {values[0]!r} is supported")
+    config = {}
+    for field, (kind, largest, default) in FIELDS.items():
+        value = raw.get(field, default)
+        value = value(config) if callable(value) else value
+        is_number = type(value) in (int, float)  # not a bool
+        if not is_number or not 0 < value <= largest or value != kind(value):
+            raise UserError(f"{path}: {field} is {value!r:.60}, expected a positive "
+                            f"{kind.__name__} of at most {largest}")
+        config[field] = kind(value)
+    tied = config["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise UserError(f"{path}: tie_word_embeddings is {tied!r:.60}, expected true or false")
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        raise UserError(f"{path}: num_key_value_heads does not divide num_attention_heads")
+    if config["head_dim"] % 2:
+        raise UserError(f"{path}: head_dim {config['head_dim']} is odd, but RoPE turns pairs")
+    return config
+
+
+def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
+    """The tensors that `shapes` names, all of them and no others, in `dtype` on `device`."""
+    folder, tensors = Path(folder), {}
+    allowed = {"lm_head.weight": shapes["model.embed_tokens.weight"], **shapes}
+    for path in _tensor_files(folder):
+        open(path, "rb").close()  # load_file would call any trouble "no such file"
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+        for name, tensor in content.items():
+            if name.endswith("rotary_emb.inv_freq"):  # in old folders; not learned
+                continue
+            where = f"{path}: tensor {name}"
+            if name not in allowed:
+                raise UserError(f"{where} has no place in this architecture")
+            if tensor.shape != allowed[name] or not tensor.is_floating_point():
+                raise UserError(f"{where} is {list(tensor.shape)} of {tensor.dtype}, expected "
+                                f"{list(allowed[name])} of floats")
+            if name in tensors:
+                raise UserError(f"{where} stands in another file, too")
+            tensors[name] = tensor.to(device, dtype, copy=True)  # else it is the file, mapped
+    missing = sorted(shapes.keys() - tensors.keys())
+    if "lm_head.weight" not in shapes and "lm_head.weight" in tensors:  # tied
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
+            raise UserError(f"{folder}: lm_head.weight differs from the embeddings it is tied to")
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    _refuse_infinite(tensors, folder)
+    return tensors
+
+
+def _tensor_files(folder):
+    """The safetensors files of a folder: one, or the shards that an index lists."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
+    for name in sorted(names):
+        if Path(name).name != name or not name:
+            raise UserError(f"{index}: weight_map does not map tensors to files of this folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; {ONLY_SAFETENSORS}")
+        yield folder / name
+
+
+def _refuse_infinite(tensors, folder):
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: tensor {name} contains NaN or infinity")
+
+
+def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None,
+          stop: list | None = None):
+    """Write a folder that transformers, and llama.cpp's converter, read too; the weights go last.
+
+    config: as from read_config. tensors: on the CPU, in the dtype to save; if one is not finite,
+    UserError and no change. stop: the ids that end a reply, if not <|im_end|> and <|endoftext|>.
+    """
+    folder = Path(folder)
+    _refuse_infinite(tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    start, end = tokenizer.control(IM_START), tokenizer.control(IM_END)
+    # Padding is not <|im_end|>: transformers gives the embedding of the pad token no gradient.
+    padding = tokenizer.backend.token_to_id(END_OF_TEXT)
+    stop = stop or [token for token in (end, padding) if token is not None]
+    ids = {"bos_token_id": start, "eos_token_id": stop, "pad_token_id": padding}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": dtype,
+        **ids, "eos_token_id": stop[0], **config})
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": IM_START, "eos_token": IM_END,
+        "pad_token": END_OF_TEXT if padding is not None else None,
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add another
+        "chat_template": chat_template})
+    replace_file(folder / "tokenizer.json", lambda path: path.write_bytes(tokenizer.content))
+    replace_file(folder / "model.safetensors",
+                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def stop_tokens(tokenizer: Tokenizer, chats: bool) -> set[int]:
+    """The ids that end a reply: what the configs call eos, and <|im_end|> in a chat."""
+    stops = {tokenizer.control(IM_END)} if chats else set()
+    for name in ("generation_config.json", "config.json"):
+        path = tokenizer.folder / name
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        eos = eos if isinstance(eos, list) else [eos]
+        stops.update(token for token in eos if type(token) is int)
+    return stops

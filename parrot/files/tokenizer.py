@@ -1,0 +1,94 @@
+"""Text <-> tokens: the byte-level BPE of a model folder, used safely.
+
+A *control token* such as `<|im_end|>` is one id that no text can spell here: typed by a user, it
+becomes ordinary tokens that end no turn. Only code that asks for `control(...)` gets the id.
+"""
+
+from pathlib import Path
+
+import tokenizers
+
+from parrot.system.console import UserError
+from parrot.system.disk import read_json
+
+CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+class Tokenizer:
+    """The tokenizer.json of a model folder, and the folder's chat template if it has one."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        try:
+            self.content = path.read_bytes()
+            self.backend = tokenizers.Tokenizer.from_buffer(self.content)
+            self.backend.encode_special_tokens = True  # what spells a special token stays text
+            known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]
+            self.backend.add_special_tokens(known)  # the file may not mark them as special
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.decode(self.encode("A trial: é 1"))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of the library's Rust code is no Exception
+            raise UserError(f"{path} is not a tokenizer that works here: {error}") from None
+        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # with holes
+        self.chat_template = self._read_chat_template()
+
+    def _read_chat_template(self):
+        path = self.folder / "chat_template.jinja"  # where newer folders keep it
+        if path.is_file():
+            return path.read_text(encoding="utf-8", errors="replace")
+        path = self.folder / "tokenizer_config.json"
+        template = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(template, list):  # several, each with a name
+            template = next((entry.get("template") for entry in template
+                             if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        if not isinstance(template, str | None):
+            raise UserError(f"{path}: chat_template is not text but {template!r:.60}")
+        return template
+
+    def control(self, name: str) -> int:
+        """The id of a control token; UserError where the tokenizer has no such token."""
+        token = self.backend.token_to_id(name)
+        if token is None:
+            raise UserError(f"{self.folder} cannot chat: no token {name} (see --format plain)")
+        return token
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, control tokens never among them."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Many texts at once, on all cores; a lone surrogate becomes a question mark."""
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        return [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
+
+    def decode(self, tokens) -> str:
+        """Ids -> text, control tokens left out."""
+        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=True)
+
+    def decode_with_control(self, tokens) -> str:
+        """Ids -> text, control tokens shown by name."""
+        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+
+class StreamDecoder:
+    """Text piece by piece as tokens come; a character spread over several waits until complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.tokens, self.length = tokenizer, [], 0
+
+    def step(self, token: int) -> str:
+        """The text that this token completes, often its own, sometimes none."""
+        self.tokens.append(int(token))
+        text = self.finish()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps half of one
+            return ""
+        self.length += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What is still waiting, at the end of a reply perhaps an unfinished character: U+FFFD."""
+        return self.tokenizer.decode(self.tokens)[self.length:]

@@ -1,0 +1,134 @@
+"""How the programs talk to people: errors in one line, exit statuses, safe text."""
+
+import os
+import re
+import signal
+import sys
+import textwrap
+import threading
+import time
+import unicodedata
+from itertools import zip_longest
+
+# On a CPU torch has no exception class for these. The last two come from oneDNN and from C++.
+NO_MEMORY = "out of memory|can't allocate memory|could not create a primitive|std::bad_alloc"
+
+
+class UserError(Exception):
+    """Something the user can mend; its text says what was wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """Interrupted(message, exit status): a signal ended the run in good order."""
+
+
+class _Stream:
+    """stdout or stderr, flushed at every write. If nobody reads it any more, only stdout fails."""
+
+    def __init__(self, stream, fails):
+        self.stream = stream or open(os.devnull, "w")  # None: closed (2>&-)
+        self.fails = fails
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what is buffered would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.fails:
+                raise
+
+
+def say(*lines):
+    """Print to stderr: stdout belongs to the model's replies. Of several processes, one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+
+
+def run_program(main):
+    """Run `main()` and leave with its exit status, after one line on stderr if it failed."""
+    for stream in (sys.stdin, sys.stdout):  # what cannot be shown, or read, is "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _Stream(sys.stdout, fails=True), _Stream(sys.stderr, fails=False)
+    try:
+        main()
+        return
+    except BrokenPipeError:  # `| head`: what shells show for it, 128 + SIGPIPE
+        sys.exit(141)
+    except Interrupted as error:
+        line, status = error.args
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except UserError as error:
+        line, status = f"error: {error}", 1
+    except OSError as error:  # a disk, a folder or a pipe that refuses
+        reason = error.strerror or error
+        line, status = f"error: {error.filename or 'input or output'}: {reason}", 1
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise  # a fault of this project
+        line, status = ("error: out of memory: lower --micro-batch-tokens in training, "
+                        f"--num-samples or --max-new-tokens in sampling ({error!s:.100})"), 1
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # if the first process has the same error, torchrun ends this one now
+    print(printable(line), file=sys.stderr)
+    sys.exit(status)
+
+
+class StopSignal:
+    """Notes Ctrl-C, SIGTERM or a hang-up: `status` turns from None to what to exit with.
+
+    The handler may interrupt a print, so a thread tells the user. A second signal raises
+    KeyboardInterrupt at once.
+    """
+
+    def __enter__(self):
+        self.status, self.ended = None, False
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signals.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._note) for number in signals}
+        self.thread = threading.Thread(target=self._announce, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended = True
+        self.thread.join()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.status is not None:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+    def _announce(self):
+        while self.status is None and not self.ended:
+            time.sleep(0.2)
+        if self.status is not None:
+            say("\nstopping after this step (once more: at once, without saving)")
+
+
+def printable(text):
+    """Text that is safe to show: invisible characters are escaped, the user's Hub token masked."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        for part in re.findall("[A-Za-z0-9_-]{8,}", os.environ.get(name, "")):
+            text = text.replace(part, "***")
+    hidden = {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")}
+    return text.translate({ord(char): ascii(char)[1:-1] for char in hidden - {"\n", "\t"}})
+
+
+def side_by_side(columns, width):
+    """Lists of texts -> one text with a column for each list, or below each other if too narrow."""
+    width = width // len(columns) - 2
+    if width < 24:
+        return "\n\n".join("\n".join(texts) for texts in columns)
+    wrapped = [[row for line in "\n".join(texts).split("\n")
+                for row in textwrap.wrap(line, width) or [""]] for texts in columns]
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)

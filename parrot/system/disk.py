@@ -1,0 +1,85 @@
+"""Files on disk: written whole or not at all, read with errors that name them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from parrot.system.console import UserError
+
+
+def read_json(path):
+    """A file that holds a JSON object; UserError where it does not."""
+    try:
+        with _open(path) as file:
+            content = json.loads(file.read().decode("utf-8"), parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _integer(digits):
+    if len(digits) > 40:  # Hugging Face writes 10**30 for "no limit"
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def sha256_of(path):
+    """The sha256 of a file, as hexadecimal digits; UserError where it cannot be read."""
+    digest = hashlib.sha256()
+    with _open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(path):
+    if Path(path).is_fifo():  # reading would wait for a writer
+        raise UserError(f"{path} is a pipe, not a file")
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+
+
+def write_json(path, content):
+    """Write `content` as JSON, whole or not at all."""
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path, text):
+    """Make `text` the content of a file, whole or not at all. Lone surrogates become escapes."""
+    data = text.encode("utf-8", "backslashreplace")  # names of files hold some; JSON reads them
+    replace_file(path, lambda temporary: temporary.write_bytes(data))
+
+
+def replace_file(path, write):
+    """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
+
+    Even at a power cut, `path` is the old file or the new one. No symbolic link can wait under
+    the temporary name, which is random.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(".part", f".{path.name}.", path.parent) as folder:
+        temporary = Path(folder, path.name)
+        write(temporary)
+        os.chmod(temporary, 0o644)  # safetensors lets only the owner read
+        flush(temporary)
+        os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    is_folder = Path(path).is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows cannot open folders, and needs no flush of them
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,84 @@
+"""Several processes, one result: `torchrun --nproc_per_node=2 train.py ...`
+
+Each process computes a share of every step's ribbons. Losses are sums, divided once by one count,
+so the sum of all processes' gradients is the gradient of a single process.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from parrot.system.console import UserError
+
+
+def torchrun_place():
+    """torchrun's variables -> rank, number of processes, rank on this machine; 0, 1, 0 without."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    values = {name: os.environ.get(name, default) for name, default in names.items()}
+    if all(value.isdecimal() for value in values.values()):
+        rank, size, local_rank = map(int, values.values())
+        if rank < size and local_rank < size and (size == 1 or "MASTER_ADDR" in os.environ):
+            return rank, size, local_rank
+    raise UserError(f"{values} is not what torchrun sets: unset these variables, or use torchrun")
+
+
+class Processes:
+    """This process among all: `rank` of `size`. UserError where another one has ended."""
+
+    def __init__(self):
+        self.rank, self.size, local_rank = torchrun_place()
+        if self.size > 1:
+            gpus = torch.cuda.device_count()
+            if gpus:
+                torch.cuda.set_device(local_rank % gpus)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+    def share(self, items):
+        """Every size-th item; maybe none. All processes together have each item once."""
+        return items[self.rank::self.size]
+
+    def sum(self, *numbers):
+        """Each number, summed over all processes."""
+        return self._reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def largest(self, number):
+        """The largest of all processes' whole numbers; None counts as 0."""
+        return int(self._reduce(torch.tensor(number or 0), dist.ReduceOp.MAX))
+
+    def sum_step(self, model, *numbers):
+        """Sum every `.grad` and each number over all processes in one message; -> the numbers."""
+        if self.size == 1:
+            return numbers
+        for parameter in model.parameters():
+            if parameter.grad is None:  # this process had no ribbon
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        flat = self._reduce(parameters_to_vector([*gradients, gradients[0].new_tensor(numbers)]))
+        vector_to_parameters(flat, gradients)  # all but the numbers, which come last
+        return flat[-len(numbers):].tolist()
+
+    @contextmanager
+    def one_after_the_other(self):
+        """The first process enters alone, the others when it is through: it writes, they read."""
+        if self.rank > 0:
+            self.sum(0)  # waits
+        yield
+        if self.rank == 0:
+            self.sum(0)
+
+    def close(self):
+        """Leave the other processes, at the end of the program."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
+        try:
+            if self.size > 1:
+                dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"another process of this run has ended ({reason})") from None
+        return tensor

@@ -1,0 +1,16 @@
+"""The cache: a new token looks at the past. A copy of parrot/attention.py, Step.attend.
+
+`self` is a Step: its `cache` has keys and values (layers, B, K, T, D) and `write`; its `index` is
+where the new keys and values belong; its `visible` is a mask (B, 1, 1, T).
+"""
+
+from parrot.attention import attention
+
+
+def attend(self, layer, q, k, v):
+    """Each new token looks at its own sequence's past and at itself."""
+    self.cache.write(layer, self.index, k, v)
+    keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
+    q_rows = q[:, :, None].to(keys.dtype)  # (B, H, 1, D)
+    y = attention(q_rows, keys, values, self.visible)
+    return y[:, :, 0].to(q.dtype)

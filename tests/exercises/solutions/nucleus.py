@@ -1,0 +1,19 @@
+"""The nucleus: the likeliest tokens that hold top_p. A copy of parrot/sampling.py, nucleus.
+
+`probabilities` are in descending order. Say which of them get probability 0. The token that crosses
+the threshold stays, so at least one always does.
+"""
+
+from parrot.sampling import ROUNDING, ordered
+
+
+def nucleus(logits, temperature, top_p):
+    """logits (B, V) -> probabilities (B, W) of the tokens (B, W), in descending order."""
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, tokens = ordered(scaled.softmax(-1), top_p)  # (B, W) each
+    if top_p < 1:
+        threshold = top_p - ROUNDING
+        outside = probabilities.cumsum(-1) - probabilities > threshold
+        probabilities = probabilities.masked_fill(outside, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True), tokens

@@ -1,0 +1,76 @@
+"""The cache: made once, whole or not at all, and it mends itself."""
+
+import os
+import time
+
+import pytest
+
+from parrot.files import cache, examples
+
+EXAMPLES = [([5, 6, 7], [False, True, True], 1, False), ([8, 9], [False, True], 2, False)]
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "littleparrot"
+
+
+def make_examples(folder):
+    examples.write(folder, EXAMPLES, 320)
+
+
+def date(path, seconds):
+    """Let a folder look as if it had been made so many seconds from now."""
+    os.utime(path, (time.time() + seconds,) * 2)
+
+
+def test_a_folder_is_made_once(place):
+    folder = cache.kept("a", lambda folder: (folder / "x").write_text("X"))
+    assert folder == place / "a" and cache.kept("a", None) == folder
+    assert (folder / "x").read_text() == "X"
+
+
+def test_what_was_not_finished_leaves_nothing(place):
+    with pytest.raises(ZeroDivisionError):
+        cache.kept("a", lambda folder: 1 / 0)
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "index.npy", cache.SIZES])
+@pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 1), os.remove])
+def test_a_truncated_file_is_made_anew(name, spoil):
+    folder = cache.kept("data/a", make_examples)
+    spoil(folder / name)
+    assert cache.kept("data/a", make_examples) == folder
+    train, held_out = examples.read(folder, 320, "")
+    assert train.tokens.tolist() == [5, 6, 7, 8, 9] and train.numbers.tolist() == [1, 2]
+    assert train.is_target.tolist() == [False, True, True, False, True] and not len(held_out)
+
+
+def test_what_killed_processes_left_goes_after_a_day(place):
+    for name, seconds in (("tmpold", -100_000), ("tmpnew", -1000), ("tmpfuture", 10**9)):
+        (place / name / "a").mkdir(parents=True)
+        date(place / name, seconds)
+    cache.kept("a", lambda folder: None)
+    assert {path.name for path in place.iterdir()} == {"a", "tmpnew"}
+
+
+@pytest.mark.parametrize("wrong_clock", [10**9, -10**9])
+def test_a_wrong_clock_does_not_evict_what_is_new(wrong_clock, place):
+    """Eight folders of a year 2050, or of 1990, give way; so do the oldest of today."""
+    for number in range(8):
+        date(cache.kept(f"data/old{number}", make_examples, at_most=8), wrong_clock)
+    for number in range(10):
+        folder = cache.kept(f"data/new{number}", make_examples, at_most=8)
+        assert len(examples.read(folder, 320, "")[0]) == 2
+        date(folder, number - 100)
+    assert {path.name for path in (place / "data").iterdir()} == {f"new{n}" for n in range(2, 10)}
+
+
+def test_the_hash_of_sources_changes_with_them(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    before = cache.source_hash(cache, tmp_path / "a.py")
+    assert before == cache.source_hash(cache, tmp_path / "a.py") and len(before) == 64
+    (tmp_path / "a.py").write_text("x = 2")
+    assert before != cache.source_hash(cache, tmp_path / "a.py")

@@ -1,0 +1,294 @@
+"""Model folders: what transformers reads as we wrote it, and what is refused by name."""
+
+import json
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parrot import assistant
+from parrot.assistant import Assistant
+from parrot.chat import CHAT_TEMPLATE, default_system, encode_prompt
+from parrot.files import hub, model_folder
+from parrot.files.model_folder import stop_tokens
+from parrot.model import Llama, LlamaConfig
+from parrot.sampling import generate
+from parrot.system.console import UserError
+
+NAME = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the tiny model folder that a test may spoil."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
+    model, tokenizer = assistant.load(q4_folder)
+    assistant.save(tmp_path, model, tokenizer, torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reference_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert reference.dtype == torch.float32
+    messages = [{"role": "user", "content": "What is the capital of Italy?"}]
+    inputs = reference_tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = reference.generate(**inputs, max_new_tokens=40, do_sample=False)
+    theirs = written[0, inputs["input_ids"].shape[1]:]
+    saved, saved_tokenizer = assistant.load(tmp_path)
+    stop = stop_tokens(saved_tokenizer, chats=True)
+    assert stop == {0, 2}
+    prompt = inputs["input_ids"][0].tolist()
+    steps = generate(saved, [prompt], stop, max_new_tokens=40, temperature=0, top_p=1)
+    ours = [tokens[0] for tokens in steps]
+    assert ours == [token for token in theirs.tolist() if token not in stop]
+    assert "Rome" in saved_tokenizer.decode(ours)
+
+
+def test_saving_in_bfloat16_rounds_and_loading_gives_it_back(tmp_path, tiny_tokenizer):
+    model = tiny_model()
+    assistant.save(tmp_path, model, tiny_tokenizer, torch.bfloat16)
+    loaded = Llama.load(tmp_path).state_dict()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded[name], parameter.detach().bfloat16().float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_folders(tmp_path, tiny_tokenizer, tied):
+    model = tiny_model(tiny_config(tied=tied))
+    assistant.save(tmp_path, model, tiny_tokenizer, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:5],
+              "model-00002-of-00002.safetensors": names[5:]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = Llama.load(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in names)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors"):
+        Llama.load(tmp_path)
+
+
+def test_a_config_in_the_style_of_transformers_5(folder):
+    before = model_folder.read_config(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert model_folder.read_config(folder) == before
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model-1.safetensors")
+    save_file({NAME: torch.zeros(16, 48)}, folder / "model-2.safetensors")
+    first = dict.fromkeys(tensors, "model-1.safetensors")
+    index = {"weight_map": {**first, NAME: "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"model-2.safetensors: tensor {NAME} stands in another"):
+        Llama.load(folder)
+
+
+@pytest.mark.parametrize("files", ["../model.safetensors", "", "/", ".", "a\0b", 7, None])
+def test_an_index_that_leads_elsewhere_is_refused(folder, files):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: files}}))
+    with pytest.raises(UserError, match="index.json: weight_map does not|is missing"):
+        Llama.load(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.onnx", "adapter_model.safetensors"])
+def test_weights_in_other_formats_get_a_word(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match="save_pretrained; merge an adapter into its model first"):
+        Llama.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="save_pretrained; merge an adapter into its model first"):
+        hub.find_weights(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_written(folder, tiny_tokenizer, value):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = tiny_model()
+    model.get_parameter(NAME).data[3, 4] = value
+    with pytest.raises(UserError, match=f"tensor {NAME} contains NaN or infinity"):
+        assistant.save(folder, model, tiny_tokenizer, torch.float32)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_tokenizer_config_names_the_inputs_that_the_model_takes(folder):
+    """Without this, generate of transformers 4 refuses the token_type_ids of its own tokenizer."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"rope_parameters": {"type": "linear"}}, "rope_parameters.type"),
+    ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.factor"),
+    ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
+    ({"rope_parameters": {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5},
+     "partial_rotary_factor"),
+    ({"rope_parameters": [1]}, "rope_parameters"),
+    ({"model_type": "qwen2"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"hidden_size": -3}, "hidden_size"), ({"hidden_size": "48", "head_dim": None}, "hidden_size"),
+    ({"rope_theta": float("nan")}, "rope_theta"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"),
+    ({"vocab_size": "many"}, "vocab_size"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"intermediate_size": 10**15}, "intermediate_size"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
+def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, field):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=f"{field} ") as caught:
+        Llama.load(folder)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.pop(NAME), f"tensor {NAME} is missing"),
+    (lambda t: t.update({NAME[:-6] + "bias": torch.zeros(16)}),
+     f"tensor {NAME[:-6]}bias has no place"),
+    (lambda t: t.update({NAME: torch.zeros(16, 31)}), f"tensor {NAME} is \\[16, 31\\]"),
+    (lambda t: t[NAME].__setitem__((3, 4), float("nan")), f"tensor {NAME} contains NaN"),
+    (lambda t: t.update({NAME: torch.zeros(16, 48, dtype=torch.int8)}),
+     f"tensor {NAME} is .* of torch.int8"),
+    (lambda t: t.update({"lm_head.weight": torch.zeros(320, 48)}), "lm_head.weight differs")])
+def test_tensors_that_do_not_fit_are_refused_by_name(folder, edit, message):
+    edit_tensors(folder, edit)
+    with pytest.raises(UserError, match=message):
+        Llama.load(folder)
+
+
+def test_a_tied_model_with_only_a_head_is_refused(folder):
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    with pytest.raises(UserError, match="lm_head.weight differs"):
+        Llama.load(folder)
+
+
+def test_what_is_harmless_is_accepted(folder):
+    """A copy of the tied head, and the buffers that old versions of transformers saved."""
+    edit_tensors(folder, lambda t: t.update({
+        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    loaded = Llama.load(folder)
+    for ours, parameter in zip(loaded.parameters(), tiny_model().parameters(), strict=True):
+        assert torch.equal(ours, parameter)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda b: b[:-100], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * 8 + b[8:],
+    lambda b: b[:8] + b"nonsense" + b[16:]])
+def test_damaged_files_are_named(folder, spoil):
+    path = folder / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match="model.safetensors"):
+        Llama.load(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tokenizer):
+    assistant.save(tmp_path, tiny_model(), tokenizer, torch.float32)
+    with pytest.raises(UserError, match="tokenizer has 49152 tokens"):
+        assistant.load(tmp_path)
+
+
+NUMBERS = st.integers() | st.floats() | st.just(10**400)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda inner: (st.lists(inner, max_size=2)
+                   | st.dictionaries(st.text(max_size=5), inner, max_size=2)), max_leaves=3)
+FIELDS = [*LlamaConfig.__annotations__, *model_folder.SUPPORTED, "rope_parameters", "eos_token_id",
+          "chat_template"]
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3),
+       name=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
+@settings(max_examples=300)
+def test_whatever_the_configs_say_a_folder_loads_or_is_refused(
+        changes, name, tiny_folder, tmp_path_factory):
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("fuzz") / "model")
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    try:
+        model, tokenizer = assistant.load(folder)
+        assert all(isinstance(token, int) for token in stop_tokens(tokenizer, chats=True))
+        default_system(tokenizer.chat_template or "")
+    except UserError:
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_not_what_they_should_be(name, content, folder):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        assistant.load(folder)
+
+
+def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
+    """Poison in every place where other software would execute it."""
+    poison = f"open({str(folder / 'poisoned')!r}, 'w')"
+    for name in ("modeling_llama.py", "__init__.py", "configuration.py"):
+        (folder / name).write_text(poison)
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})
+    torch.save({NAME: torch.zeros(1)}, folder / "pytorch_model.bin")
+    command = f"cycler.__init__.__globals__.os.system('touch {folder / 'poisoned'}')"
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ " + command + " }}")
+    monkeypatch.setattr(pickle, "Unpickler", None), monkeypatch.setattr(torch, "load", None)
+    opened = []
+
+    def note(event, arguments):
+        if event == "open" and opened is not None:
+            opened.append(str(arguments[0]))
+    sys.addaudithook(note)
+    model, tokenizer = assistant.load(folder)
+    system = default_system(tokenizer.chat_template)
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, system)
+    stop = stop_tokens(tokenizer, chats=True)
+    list(generate(model, [prompt], stop, max_new_tokens=3, temperature=1, top_p=1))
+    assert not (folder / "poisoned").exists()
+    assert not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
+    opened = None
+
+
+@pytest.mark.parametrize("format, stop", [("chat", {0, 2}), ("plain", {0}), ("auto", {0})])
+def test_where_a_base_model_stops(format, stop, folder):
+    """Like SmolLM2-135M: its configs know <|endoftext|> alone, and it has no template."""
+    (folder / "tokenizer_config.json").unlink()
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, "eos_token_id": 0}))
+    assert Assistant.of("", *assistant.load(folder), format).stop == stop
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_files_are_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        assistant.load(folder)

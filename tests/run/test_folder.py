@@ -1,0 +1,365 @@
+"""Saved whole or not at all: a crash at any point leaves the old checkpoint or the new one."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+
+from parrot.config import TrainConfig
+from parrot.files.hub import Found
+from parrot.run import folder as run_folder
+from parrot.run.folder import Progress, RunFolder, check_same, describe
+from parrot.system import disk
+from parrot.system.console import UserError
+from parrot.training import make_optimizer
+
+
+def trained(steps):
+    """A model and its optimizer after some steps."""
+    model = tiny_model()
+    optimizer = make_optimizer(model, TrainConfig())
+    for step in range(steps):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    return RunFolder(tmp_path)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_restoring_gives_back_weights_moments_and_progress(folder):
+    model, optimizer = trained(3)
+    progress = Progress(step=3, tokens=700, seconds=1.5, best_loss=2.25)
+    folder.save(model, optimizer, progress)
+    other, other_optimizer = trained(0)
+    assert folder.restore(other, other_optimizer) == progress
+    assert same(model, other)
+    for m, o in ((model, optimizer), (other, other_optimizer)):  # and both go on alike
+        for p in m.parameters():
+            p.grad = torch.ones_like(p)
+        o.step()
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("crash_at", range(30))
+def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkeypatch):
+    """Every call that touches the disk is one point at which the process may die."""
+    folder.save(*trained(1), Progress(step=1))
+    calls = 0
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > crash_at:
+                raise KeyboardInterrupt("dead")
+            return function(*args, **kwargs)
+        return call
+    for module, name in ((run_folder, "save_file"), (run_folder, "flush"), (disk, "flush"),
+                         (os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"),
+                         (os, "mkdir"), (os, "open"), (os, "chmod")):
+        monkeypatch.setattr(module, name, dying(getattr(module, name)))
+    try:
+        folder.save(*trained(2), Progress(step=2))
+        finished = True
+    except KeyboardInterrupt:
+        finished = False
+    monkeypatch.undo()
+    assert finished == (calls <= crash_at) and (finished or crash_at < 20)
+    model, optimizer = trained(0)
+    progress = folder.restore(model, optimizer)
+    assert progress.step == 2 if finished else progress.step in (1, 2)
+    assert same(model, trained(progress.step)[0])
+    folder.save(*trained(3), Progress(step=3))  # and what the crash left is no hindrance
+    assert os.listdir(folder.path / "checkpoint") == ["step-000003.safetensors"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    about = {"data": {"sha256": ""}, "weights": {"files": {}}, "config": asdict(TrainConfig())}
+    first = RunFolder(tmp_path / "run")
+    first.open(about, resume=False)
+    for resume in (True, False):
+        with pytest.raises(UserError, match="another train.py is at work in .*run"):
+            RunFolder(tmp_path / "run").open({**about, "device": "another"}, resume)
+    assert disk.read_json(first.path / "run.json") == about
+    RunFolder(tmp_path / "run", writes=False).open(about, resume=True)  # torchrun's other processes
+    first.lock.close()  # as the kernel does for a process that dies
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        RunFolder(tmp_path / "run").open(about, resume=False)
+    RunFolder(tmp_path / "run").open(about, resume=True)
+    # It ended while another loaded:
+    disk.write_json(tmp_path / "run" / "run.json", {**about, "finished": True})
+    with pytest.raises(UserError, match="is finished: there is nothing to resume"):
+        RunFolder(tmp_path / "run").open(about, resume=True)
+
+
+def test_metrics_are_rewound_to_the_checkpoint(folder):
+    for step in range(1, 6):
+        folder.log(step=step, train_loss=1.0)
+        if step in (3, 5):
+            folder.log(step=step, val_loss=2.0)
+    with open(folder.metrics, "a") as file:
+        file.write('{"step": 6, "train_')
+    folder._rewind_metrics(3)
+    lines = folder.metrics.read_text().splitlines()
+    assert lines == [f'{{"step": {n}, "train_loss": 1.0}}' for n in (1, 2, 3)]
+
+
+def test_a_run_that_was_killed_before_its_first_metrics(tmp_path):
+    about = {"data": {"sha256": ""}, "weights": {"files": {}}, "config": asdict(TrainConfig())}
+    first = RunFolder(tmp_path / "run")
+    first.open(about, resume=False)
+    first.lock.close()
+    first.metrics.unlink()
+    (first.path / ".metrics.jsonl.x.part").mkdir()
+    second = RunFolder(tmp_path / "run")
+    second.open(about, resume=True)
+    assert second.restore(*trained(0)) == Progress()
+    second.log(step=1)
+    assert second.metrics.read_text() == '{"step": 1}\n'
+    assert ".metrics.jsonl.x.part" not in os.listdir(second.path)
+
+
+@pytest.mark.parametrize("name", ["", "a.txt", "run.json"])
+def test_other_peoples_folders_are_left_alone(name, tmp_path):
+    if name:
+        (tmp_path / name).write_text('{"a": 1}')
+    path = tmp_path if name else tmp_path / "file"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"{path} (is a file|is not empty|holds an unfinished run)"):
+        RunFolder(path).begin(resume=False)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    disk.replace_file(path, lambda temporary: temporary.write_text("old"))
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        disk.replace_file(path, half)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_new_name_stands_for_is_on_the_disk_before_it(folder, monkeypatch):
+    """A power cut keeps what was flushed; of the rest, any part, in any order."""
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args):
+            paths = [Path(arg) for arg in args]
+            names = [path.name + ".part" * (path.parent.suffix == ".part") for path in paths]
+            seen.append((name, *names))
+            return original(*args)
+        monkeypatch.setattr(owner, name, call)
+    for owner, name in ((disk, "flush"), (run_folder, "flush"), (os, "replace"), (os, "rename")):
+        watched(owner, name)
+    disk.write_json(folder.path / "a.json", {})
+    assert seen == [("flush", "a.json.part"), ("replace", "a.json.part", "a.json"),
+                    ("flush", folder.path.name)]
+    seen.clear()
+    folder.save(*trained(1), Progress(step=1))
+    name = "step-000001.safetensors"
+    renamed = seen.index(("replace", f"{name}.part", name))
+    assert {("flush", "metrics.jsonl"), ("flush", f"{name}.part")} <= set(seen[:renamed])
+    assert ("flush", "checkpoint") in seen[renamed:]
+
+
+# ---- what must not be saved, and what must not be loaded
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("of_optimizer", [False, True])
+def test_what_is_not_finite_is_not_saved(value, of_optimizer, folder):
+    folder.save(*trained(1), Progress(step=1))
+    before = (folder.path / "checkpoint" / "step-000001.safetensors").read_bytes()
+    model, optimizer = trained(2)
+    parameter = list(model.parameters())[1]
+    (optimizer.state[parameter]["exp_avg"] if of_optimizer else parameter.data).view(-1)[3] = value
+    with pytest.raises(UserError, match="not finite: not saved. .*step-000001 is whole: --resume"):
+        folder.save(model, optimizer, Progress(step=2))
+    assert os.listdir(folder.path / "checkpoint") == ["step-000001.safetensors"]
+    assert (folder.path / "checkpoint" / "step-000001.safetensors").read_bytes() == before
+
+
+def without(key):
+    return lambda progress: {name: value for name, value in progress.items() if name != key}
+
+
+def changed(**values):
+    return lambda progress: {**progress, **values}
+
+
+@pytest.mark.parametrize("change", [
+    without("step"), without("tokens"), without("best_loss"), changed(step=0), changed(step=-1),
+    changed(step="2"), changed(step=1.5), changed(step=None), changed(step=True), changed(step=7),
+    changed(tokens=0.5), changed(seconds="1"), changed(seconds=float("nan")), changed(best_loss=[]),
+    changed(first_loss=float("inf")), changed(more=1), lambda progress: [], lambda progress: None])
+def test_progress_that_is_damaged_is_not_resumed(change, folder):
+    folder.about = {"steps": 6}
+    folder.save(*trained(2), Progress(step=2, tokens=5, seconds=1.0))
+    path = folder.path / "checkpoint" / "step-000002.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        progress = change(json.loads(file.metadata()["progress"]))
+    save_file(load_file(path), path, {"progress": json.dumps(progress)})
+    assert_refused(folder, path)
+
+
+def assert_refused(folder, path):
+    """One line that names the checkpoint, and nothing loaded."""
+    model, optimizer = trained(0)
+    with pytest.raises(UserError) as caught:
+        folder.restore(model, optimizer)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert same(model, trained(0)[0])
+    assert not any(state["exp_avg"].any() for state in optimizer.state.values())
+
+
+NAME = "weight.model.norm.weight"
+
+
+def renamed(tensors):
+    tensors["weight.model.other.weight"] = tensors.pop(NAME)
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors.pop(NAME),
+    lambda tensors: tensors.pop("exp_avg_sq.model.norm.weight"),
+    lambda tensors: tensors.update({NAME: tensors[NAME][:-1]}),
+    lambda tensors: tensors.update({NAME: tensors[NAME][None]}),
+    lambda tensors: tensors.update({NAME: tensors[NAME].bfloat16()}),
+    lambda tensors: tensors.update({"exp_avg.model.norm.weight": tensors[NAME].double()}),
+    lambda tensors: tensors.update({"weight.more": torch.ones(1)}),
+    lambda tensors: tensors.update({"step.model.norm.weight": torch.tensor(9.0)}),
+    renamed])
+def test_tensors_of_another_model_are_not_resumed(change, folder):
+    folder.save(*trained(2), Progress(step=2))
+    path = folder.path / "checkpoint" / "step-000002.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    assert_refused(folder, path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"{}" + data,
+    lambda data: data.replace(b"progress", b"prog.ess")])
+def test_a_checkpoint_that_is_damaged_is_not_resumed(damage, folder):
+    folder.save(*trained(2), Progress(step=2))
+    path = folder.path / "checkpoint" / "step-000002.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(folder, path)
+
+
+def test_the_newest_checkpoint_counts_by_its_number(folder):
+    for step in (999_999, 1_000_000):
+        folder.save(*trained(1), Progress(step=step))
+        old = folder.path / "checkpoint" / f"step-{step:06d}.safetensors"
+        saved = old.read_bytes()
+    (folder.path / "checkpoint" / "step-999999.safetensors").write_bytes(saved)
+    assert "step-1000000 is whole" in folder.what_is_safe()
+
+
+# ---- other people's files
+
+def test_links_are_not_followed(tmp_path):
+    """In a folder that somebody else made, any name may be a link to a file of ours."""
+    (tmp_path / "mine").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("lock.part", "run.json.part", "report.html.part"):
+        (folder / name).symlink_to(tmp_path / "mine")
+    about = {"data": {"sha256": ""}, "weights": {"files": {}}, "config": asdict(TrainConfig())}
+    with pytest.raises(UserError, match="cannot write into"):
+        RunFolder(folder).open(about, resume=False)
+    (folder / "lock.part").unlink()
+    RunFolder(folder).open(about, resume=False)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert json.loads((folder / "run.json").read_text()) == about
+
+
+@pytest.mark.parametrize("about", ["[]", "{", '{"config": 1}', '{"data": {"sha256": 1}}',
+                                   '{"data": [], "weights": {}, "config": {}}'])
+def test_a_run_json_of_something_else_is_named(about, tmp_path):
+    (tmp_path / "run.json").write_text(about)
+    with pytest.raises(UserError, match="run.json"):
+        RunFolder(tmp_path).begin(resume=True)
+        check_same(tmp_path / "run.json", {"data": {"sha256": ""}, "weights": {"files": {}},
+                                           "config": asdict(TrainConfig()), "dtype": "float32"})
+
+
+@pytest.fixture
+def about(tiny_folder, records_file):
+    """A function: settings and type -> what run.json says of a run with them."""
+    def about(dtype=torch.float32, weights=tiny_folder, more="", **changes):
+        data = records_file([{"prompt": "a", "completion": f"b{more}"}])
+        config = TrainConfig(weights=str(weights), data=str(data), **changes)
+        found = [Found(weights, {"name": str(weights), "from": "a folder"}),
+                 Found(data, {"name": str(data), "from": "a file"})]
+        notes = {"told": [f"1 bad: {data}:3: not JSON"]}
+        return describe(config, *found, dtype, {"steps": 3, "notes": notes})
+    return about
+
+
+def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
+    text = json.dumps(about(out=str(tmp_path / "out" / "mine")))
+    assert str(tmp_path) not in text and str(tiny_folder.parent) not in text
+    config = json.loads(text)["config"]
+    assert (config["weights"], config["data"], config["out"]) == (
+        tiny_folder.name, "records.jsonl", "mine")
+    hub = Found(tiny_folder, {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
+    assert run_folder.public_name(hub) == "me/llama"
+
+
+def test_resuming_compares_what_was_computed(about, tmp_path):
+    """bfloat16 that became float32 is float32, on whatever machine and by whatever name."""
+    path = tmp_path / "run.json"
+    disk.write_json(path, about(dtype=torch.float32))
+    assert about()["config"]["dtype"] == "bfloat16" and about()["dtype"] == "float32"
+    check_same(path, about(dtype=torch.float32))
+    check_same(path, about(**{"out": "elsewhere", "save_every": 7, "device": "cpu"}))
+    with pytest.raises(UserError, match="--dtype was float32 and is now bfloat16"):
+        check_same(path, about(dtype=torch.bfloat16))
+    with pytest.raises(UserError, match="--epochs was 3 and is now 4"):
+        check_same(path, about(epochs=4))
+    with pytest.raises(UserError, match="the data's sha256 was"):
+        check_same(path, about(more="c"))
+
+
+def test_other_weights_of_the_same_name_are_not_resumed(about, tmp_path, tiny_folder):
+    path, other = tmp_path / "run.json", tmp_path / tiny_folder.name
+    disk.write_json(path, about())
+    other.mkdir()
+    for file in tiny_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    check_same(path, about(weights=other))
+    (other / "config.json").write_text("{}")
+    os.mkfifo(other / "model-00001-of-00002.safetensors")  # is not read
+    with pytest.raises(UserError, match="the weights' sha256 was"):
+        check_same(path, about(weights=other))
+
+
+def test_a_model_of_another_shape(folder):
+    folder.save(*trained(1), Progress(step=1))
+    model = tiny_model(tiny_config(layers=3))
+    with pytest.raises(UserError, match="step-000001.safetensors"):
+        folder.restore(model, make_optimizer(model, TrainConfig()))
