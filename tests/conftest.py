@@ -5,15 +5,18 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import tokenizers
-import torch
-from hypothesis import settings
+# Before torch: with -n 2, more threads than cores wait for each other. The programs that tests
+# start inherit it, so they compute with the same number of threads, to the same bits.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("no deadline", deadline=None)  # a slow machine is no fault
 settings.load_profile("no deadline")
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # with -n 2, more threads than cores wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -113,22 +113,22 @@ def near(ours, theirs, tolerance):
 
 def as_promised(name):
     """Whether an experiment shows what parrot/README.md says."""
-    seen, before = run(name), 2.9
+    seen = run(name)
     replies = seen["replies"]
     if name == "dice":
         first, second = zip(*(reply.split("\n\n[2] ") for reply in replies), strict=True)
         return first[0][4:] == second[0] and first[1][4:] != second[1]
     if name in ("facts", "stop"):
-        answer = "Your aunt Zofia, in the quarry lake."
-        stopped = replies[1] == answer
-        return replies[1].startswith(answer[:-1]) and stopped == (name == "facts")
+        answer, stops = "Your aunt Zofia, in the quarry lake.", name == "facts"
+        return replies[1].startswith(answer[:-1]) and (replies[1] == answer) == stops
     start, end = seen["held_out"]
+    usual = 2.5 < start < 3.1  # what the model has before training
     return {
-        "unchanged": lambda: abs(start - before) < 0.3 and 0.2 < start - end < 0.6,
-        "future": lambda: abs(start - before) < 0.3 and end < 0.3,
+        "unchanged": lambda: usual and 0.2 < start - end < 0.6,
+        "future": lambda: usual and end < 0.3 and CAPITAL in replies[0],
         "shift": lambda: start > 10 and 3 < end < 9,
-        "seams": lambda: start > before + 1,
-        "positions": lambda: start > before + 1,
+        "seams": lambda: start > 4,
+        "positions": lambda: start > 4,
         "fast": lambda: max(seen["losses"]) > 3 * seen["losses"][0] and end > start + 1,
         "split": lambda: near(seen["losses"] + seen["norms"],
                               run("unchanged")["losses"] + run("unchanged")["norms"], 1e-2),
@@ -136,14 +136,25 @@ def as_promised(name):
     }[name]()
 
 
+def row(name):
+    """An experiment as a row of the table."""
+    seen = run(name)
+    held_out = " -> ".join(f"{loss:.3f}" for loss in seen.get("held_out", ()))
+    losses = seen.get("losses", ())
+    losses = f"{losses[0]:.2f} max {max(losses):.2f} -> {losses[-1]:.4f}" if losses else ""
+    reply = " ".join(seen["replies"][-1].split())
+    verdict = "as promised" if as_promised(name) else "NOT AS PROMISED"
+    return f"{name:10} {verdict:16} {held_out:16} {losses:28} {reply:.80}"
+
+
 def main():
     """Print a row for each experiment."""
+    print(f"{'':10} {'':16} {'held-out loss':16} {'training loss':28} a reply")
+    rows = []
     for name in sys.argv[1:] or EXPERIMENTS:
-        verdict = "as promised" if as_promised(name) else "NOT AS PROMISED"
-        print(f"{name}: {verdict}")
-        for what, values in run(name).items():
-            for value in ([" ".join(f"{x:.5g}" for x in values)] if what != "replies" else values):
-                print(f"    {what:9} {' '.join(value.split())}", flush=True)
+        rows.append(row(name))
+        print(rows[-1], flush=True)
+    sys.exit(any("NOT AS" in line for line in rows))
 
 
 if __name__ == "__main__":
