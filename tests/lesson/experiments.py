@@ -23,6 +23,7 @@ REPLY = r'pieces += [("assistant\n", False), (text_of(message), True)'
 CAPITAL, SWIM = "What is the capital of Canada?", "Who taught me to swim?"
 
 # name: (options of train.py, (file, line, the line instead) or None)
+# --plain where parrot/fast has its own form of the line, in training or in writing.
 EXPERIMENTS = {
     "unchanged": (RECIPE, None),
     "future": (RECIPE + " --plain", (
@@ -37,7 +38,7 @@ EXPERIMENTS = {
         "parrot/attention.py",
         "        for length in self.lengths:",
         "        for length in [sum(self.lengths)]:")),
-    "positions": (RECIPE, (
+    "positions": (RECIPE + " --plain", (
         "parrot/model.py",
         "        y = layout.attend(layer, rotate(q, *angles), rotate(k, *angles), v)  # (N, H, D)",
         "        y = layout.attend(layer, q, k, v)  # (N, H, D)")),
