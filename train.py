@@ -60,7 +60,7 @@ def train(config: TrainConfig):
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # The step: AdamW moves the weights, and the gradients start from nothing again.
+        # The step: AdamW moves the weights, and the gradients are reset.
         optimizer.step()
         optimizer.zero_grad()
 

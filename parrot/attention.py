@@ -45,7 +45,7 @@ def attention(q, k, v, visible):
 
 
 def causal(n, device="cpu"):
-    """(n, n) bool: each token sees itself and what came before. Otherwise it would read the answer.
+    """(n, n) bool: a token sees itself and what came before; if it saw the next, it would copy it.
 
     >>> causal(3).int()
     tensor([[1, 0, 0],

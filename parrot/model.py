@@ -3,7 +3,8 @@
     token -> embedding -> 30 x (attention, then MLP, each added to the stream) -> norm -> logits
 
 Tokens come as one flat ribbon, so only attention knows about documents (attention.py). Modules have
-the names of a Hugging Face checkpoint, so loading needs no table of names.
+the names of a Hugging Face checkpoint, so loading needs no table of names. If you edit this file,
+run with --plain: on a CPU replies are written by fast/packed.py.
 
 Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.

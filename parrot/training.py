@@ -90,8 +90,8 @@ def make_optimizer(model: Llama, config: TrainConfig):
     """AdamW (arXiv:1711.05101): each weight moves by its mean gradient over its usual size.
 
     The betas say how long the two are remembered: 0.9, some 10 steps; 0.95, some 20. Apart from
-    that, matrices decay by lr * weight_decay of their value a step; the scales of the norms do not,
-    since they belong near 1, not 0.
+    that, matrices decay by lr * weight_decay of their value a step; the scales of the norms do not:
+    decay would pull them to 0, which silences a layer.
 
     >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
     >>> adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
