@@ -186,3 +186,32 @@ def test_the_end_of_the_context_ends_the_reply():
     assert len(run([[5] * 505], max_new_tokens=100)[0]) == 512 - 505
     with pytest.raises(UserError, match="prompt has 512 tokens; the model's context holds 512"):
         run([[5] * 512])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_not_finite_are_an_error(bad, temperature):
+    logits = torch.zeros(2, 50)
+    logits[1, 7] = bad
+    with pytest.raises(UserError, match="logits are not finite"):
+        choose(logits, temperature, 0.9, torch.rand(2))
+
+
+def tenths(total, parts):
+    """All ways to write `total` tenths as a sum of `parts`."""
+    if parts == 1:
+        return [[total]]
+    return [[first, *rest] for first in range(total + 1) for rest in tenths(total - first, parts - 1)]
+
+
+def test_every_distribution_in_tenths_keeps_the_smallest_set():
+    """Exact ties and exact thresholds, by brute force in whole numbers."""
+    weights = torch.tensor(tenths(10, 4))
+    for top_p in range(1, 10):
+        kept = nucleus((weights / 10).log().clamp(min=-1e4), 1.0, top_p / 10) > 0
+        for row, mine in zip(weights.tolist(), kept.tolist()):
+            order, expected, total = sorted(range(4), key=lambda i: (-row[i], i)), set(), 0
+            while total < top_p:
+                expected.add(order[len(expected)])
+                total = sum(row[i] for i in expected)
+            assert {i for i in range(4) if mine[i]} == expected, (row, top_p)
