@@ -54,7 +54,6 @@ def newest_run():
 
 
 def load(name, config) -> Assistant:
-    """The model `name`, in the format that was asked for."""
     device, dtype = pick(config.device, config.dtype)
     one_reply = config.prompt is not None and config.num_samples == 1
     return Assistant.load(name, hub.find_weights(name).path, dtype, device, config.format,
@@ -62,7 +61,6 @@ def load(name, config) -> Assistant:
 
 
 def settings(config):
-    """The settings of sampling.generate."""
     names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
     generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)

@@ -54,7 +54,6 @@ class Assistant:
 
     @classmethod
     def of(cls, name, model, tokenizer, format="auto"):
-        """A model that is loaded already -> Assistant."""
         template = tokenizer.chat_template
         chats = format == "chat" or (format == "auto" and template is not None)
         system = default_system(template) if chats and template else None

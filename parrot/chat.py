@@ -114,8 +114,6 @@ def default_system(template):
     return match and match[1]
 
 
-# ---- the view
-
 def spans_of(tokens, is_target, tokenizer: Tokenizer):
     """Tokens as text, control tokens by name -> [[text, whether it is a target]]."""
     runs = groupby(zip(tokens, is_target, strict=True), key=lambda pair: bool(pair[1]))
@@ -139,7 +137,6 @@ def token_rows(tokens, is_target, tokenizer: Tokenizer):
 
 @dataclass
 class ViewConfig:
-    """python -m parrot.chat"""
     file: list[str] = option(None, "a data file, and perhaps a model, whose tokenizer to take")
     tokens: bool = option(False, "a row per token: its id, whether it is a target, its text")
 

@@ -22,7 +22,6 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 
 @dataclass
 class Machine:
-    """What every command lets one choose."""
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
     dtype: str = option("bfloat16", "type of the matrix products, and of a saved model; float32 on "
                         "hardware without bfloat16 units", choices=DTYPES)
@@ -32,7 +31,6 @@ class Machine:
 
 @dataclass
 class TrainConfig(Machine):
-    """train.py"""
     quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
     weights: str = option("base", f"what to start from: {WEIGHTS}")
@@ -88,7 +86,6 @@ class TrainConfig(Machine):
 
 @dataclass
 class Writing(Machine):
-    """How replies are written."""
     temperature: float = option(0.7, "below 1: more predictable, above: more varied; 0: the "
                                 "likeliest token, after the penalty (greedy)", at_least=0)
     top_p: float = option(0.9, "sample from the likeliest tokens that hold this much of the "
@@ -100,7 +97,6 @@ class Writing(Machine):
 
 @dataclass
 class SampleConfig(Writing):
-    """sample.py"""
     model: str | None = option(None, f"{WEIGHTS}; default: the newest of out/littleparrot and "
                                "out/quickstart")
     prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
@@ -112,7 +108,6 @@ class SampleConfig(Writing):
                               at_most=2**63 - 1)
 
     def contradictions(self):
-        """{what does not fit together: whether it is so}"""
         return {
             "--model and --compare: name all models after --compare": self.compare and self.model,
             "--compare and --num-samples need a --prompt":
@@ -122,7 +117,6 @@ class SampleConfig(Writing):
 
 @dataclass
 class EvaluateConfig(Writing):
-    """python -m parrot.evaluate"""
     models: list[str] = option(None, WEIGHTS)
     data: str = option("dolly", f"whose held-out part to use: {DATA}")
     val_fraction: float = option(0.02, "share of the data that is held out, as in training",

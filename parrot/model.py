@@ -188,12 +188,10 @@ class Llama(nn.Module):
 
     @property
     def device(self):
-        """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self):
-        """In what the weights are kept."""
         return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens, layout):

@@ -16,7 +16,6 @@ from parrot.model import Llama
 from parrot.system.device import autocast
 from parrot.system.distributed import Processes
 
-# ---- the loss
 
 def hidden_states_of_targets(model: Llama, batch: Batch, dtype):
     """The hidden states (S, C) of the rows that have a target: no other row needs logits.
@@ -84,8 +83,6 @@ def held_out_loss(model: Llama, examples: Examples, max_tokens, dtype, processes
     return None if stopped else total / num_targets
 
 
-# ---- how the weights move
-
 def make_optimizer(model: Llama, config: TrainConfig):
     """AdamW (arXiv:1711.05101): each weight moves by its mean gradient over its usual size.
 
@@ -99,6 +96,13 @@ def make_optimizer(model: Llama, config: TrainConfig):
     >>> adamw.step(); weight  # 2 - 0.1 * 0.5 * 2 - 0.1
     Parameter containing:
     tensor([1.8000], requires_grad=True)
+
+    The clip, before that, keeps the direction of the gradient:
+
+    >>> pair = torch.nn.Parameter(torch.zeros(2))
+    >>> pair.grad = torch.tensor([3.0, 4.0])
+    >>> torch.nn.utils.clip_grad_norm_(pair, 1.0), pair.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     scales = [p for p in model.parameters() if p.dim() < 2]
