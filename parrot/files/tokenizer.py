@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from parrot.system.console import UserError
-from parrot.system.disk import read_json
+from parrot.system.disk import open_to_read, read_json
 
 CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -21,7 +21,7 @@ class Tokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         try:
-            self.content = path.read_bytes()
+            self.content = open_to_read(path).read()
             self.backend = tokenizers.Tokenizer.from_buffer(self.content)
             self.backend.encode_special_tokens = True  # what spells a special token stays text
             known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]

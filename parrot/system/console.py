@@ -98,7 +98,7 @@ class StopSignal:
 
     def __exit__(self, *_):
         self.ended = True
-        self.thread.join()
+        self.thread.join(1)  # it may be waiting for a stalled terminal
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -13,7 +13,7 @@ from parrot.system.console import UserError
 def read_json(path):
     """A file that holds a JSON object; UserError where it does not."""
     try:
-        with _open(path) as file:
+        with open_to_read(path) as file:
             content = json.loads(file.read().decode("utf-8"), parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
@@ -31,13 +31,13 @@ def _integer(digits):
 def sha256_of(path):
     """The sha256 of a file, as hexadecimal digits; UserError where it cannot be read."""
     digest = hashlib.sha256()
-    with _open(path) as file:
+    with open_to_read(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _open(path):
+def open_to_read(path):
     if Path(path).is_fifo():  # reading would wait for a writer
         raise UserError(f"{path} is a pipe, not a file")
     try:

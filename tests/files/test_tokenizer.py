@@ -1,6 +1,7 @@
 """Text to tokens and back, and no text that becomes a control token."""
 
 import json
+import os
 
 import pytest
 from hypothesis import assume, given
@@ -78,4 +79,10 @@ def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_ids(tiny_tokenizer, 
 def test_a_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_tokenizer_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="is a pipe, not a file"):
         Tokenizer(tmp_path)
