@@ -16,11 +16,11 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 
+import safetensors
+import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from parrot import assistant
@@ -49,7 +49,7 @@ def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtyp
     names = {"weights": public_name(weights), "data": public_name(data)}
     paths = {path for pattern in MODEL_FILES for path in weights.path.glob(pattern)}
     files = {path.name: sha256_of(path) for path in sorted(paths) if path.is_file()}
-    versions = {name: version(name) for name in ("torch", "tokenizers", "safetensors")}
+    versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     about = {
         "config": {**asdict(config), **names, "out": Path(config.out).name},
         "dtype": str(dtype).removeprefix("torch."),
@@ -89,7 +89,7 @@ def writing(method):
     def guarded(self, *args, **kwargs):
         try:
             return method(self, *args, **kwargs) if self.writes else None
-        except (OSError, SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
@@ -246,7 +246,7 @@ def tensors_of(model, optimizer):
 
 def load(path, tensors):
     """A checkpoint into `tensors` -> its Progress. ValueError, before that, if it does not fit."""
-    with safe_open(path, framework="pt") as file:
+    with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         values = json.loads(file.metadata()["progress"])
     for field in fields(Progress):

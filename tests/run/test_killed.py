@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 import pytest
 import torch
@@ -60,6 +61,9 @@ class Training(FORK.Process):
             self.prepare(*self.arguments)
         try:
             run_program(lambda: train.train(self.config))
+        except Exception:
+            traceback.print_exc()
+            raise
         finally:
             self.sender.send((len(TOUCHES), sys.stderr.getvalue()))
 
