@@ -52,7 +52,8 @@ def pieces_of(messages):
     for message in messages:
         pieces.append((IM_START, False))
         if message["role"] == "assistant":
-            pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
+            learned = "weight" not in message  # weight 0: it is read, not learned
+            pieces += [("assistant\n", False), (text_of(message), learned), (IM_END, learned)]
         else:
             pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
         pieces.append(("\n", False))
@@ -146,7 +147,7 @@ def main():
     config = parse(ViewConfig, sys.argv[1:], main.__doc__)
     name, model = [*config.file, "instruct-q4"][:2]
     tokenizer = Tokenizer(hub.find_weights(model).path)
-    for conversation in islice(records.read_conversations(hub.find_data(name).path), 5):
+    for conversation in islice(records.read_conversations(hub.find_data(name).files[0]), 5):
         tokens, is_target = encode_chat(conversation.messages, tokenizer)
         say(f"--- {conversation.source}: {len(tokens)} tokens, {sum(is_target)} of them targets")
         if config.tokens:

@@ -12,7 +12,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("bfloat16", "float32")
 REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuation: see sampling.py
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
-DATA = "dolly | quickstart | a .jsonl, .json or .parquet file | a Hub dataset id"
+DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "
+        "dataset id; with :test, the part of that name")
 
 # Few examples: 64 a step would be too few steps, and a third epoch, or a higher learning rate,
 # memorised them (held-out loss 2.32 instead of 2.13).
@@ -34,7 +35,10 @@ class TrainConfig(Machine):
     quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
     weights: str = option("base", f"what to start from: {WEIGHTS}")
-    data: str = option("dolly", f"what to train on: {DATA}")
+    data: list[str] | str = option("dolly", f"what to train on: {DATA}")
+    val_data: str | None = option(None, "what to hold out in place of a share of --data: the name "
+                                  "of its part (test, validation), or as --data")
+    max_examples: int | None = option(None, "only the first so many of --data", at_least=1)
     out: str = option("out/littleparrot", "the run's folder", may_change=True)
     epochs: int = option(3, "how often every example is seen", at_least=1)
     max_steps: int | None = option(None, "stop (and end the schedule) after these", at_least=1)
@@ -100,6 +104,7 @@ class SampleConfig(Writing):
     model: str | None = option(None, f"{WEIGHTS}; default: the newest of out/littleparrot and "
                                "out/quickstart")
     prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
+    system: str | None = option(None, "a system turn before it; '': none, not even the model's own")
     format: str = option("auto", "chat: in the model's chat template; plain: continue the text; "
                          "auto: chat where there is a template", choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,79 +22,156 @@ from tqdm import tqdm
 from parrot import chat
 from parrot.attention import Ribbon
 from parrot.chat import encode_pieces, join, pieces_of, text_of
-from parrot.files import cache, examples, records, tokenizer
+from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
-from parrot.files.records import read_conversations, source_of
-from parrot.files.tokenizer import Tokenizer
+from parrot.files.hub import DataFiles
+from parrot.files.records import Conversation, read_conversations, source_of
+from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError
 from parrot.system.device import send
 from parrot.system.disk import read_json, sha256_of, write_json
 
 # Editing what makes the tokens must change them: the source is part of the cache's key.
-CODE = cache.source_hash(__file__, chat, examples, records, tokenizer)
+CODE = cache.source_hash(__file__, chat, examples, records, rows, tokenizer)
 
 
-def is_held_out(messages, fraction):
-    """Whether a conversation is kept from training: by the hash of its prompt alone.
+PART = 20_000  # records that are tokenised, and kept, at a time: an interruption loses no more
 
-    So the same prompt never stands on both sides, and neither the order of the file nor the seed
-    changes the split. Case and white space do not count.
-    """
+
+def prompt_hash(messages):
+    """63 bits of the hash of what stands before the first reply; case and white space aside."""
     prompt = [" ".join(text_of(message).lower().split())
               for message in takewhile(lambda message: message["role"] != "assistant", messages)]
     digest = hashlib.sha256("\n".join(prompt).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def is_held_out(prompt_hash, fraction):
+    """Whether an example is kept from training: by the hash of its prompt alone.
+
+    So the same prompt never stands on both sides, and neither the order of the file nor the seed
+    changes the split. An array of hashes gives an array.
+    """
+    return prompt_hash < fraction * 2.0**63
 
 
 # ---- conversations -> examples
 
-def load_examples(path, tokenizer: Tokenizer, max_length, val_fraction, skip_bad=False):
-    """A file -> (train Examples, held-out Examples, notes), from the cache if it is there.
+def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fraction, *,
+                  skip_bad=False, max_examples=None, val_data: DataFiles | None = None):
+    """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
-    notes: {"told": lines for the user, "categories": {name: count}, "prompts": a few held out}.
+    Held out is all of `val_data`; without it, a share of the examples, by `is_held_out`.
     """
-    path = Path(path)
-    recipe = [path.suffix, sha256_of(path), sha256_of(tokenizer.folder / "tokenizer.json"),
-              max_length, val_fraction, skip_bad, CODE]
-    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-
-    def encode(folder):
-        notes = {}
-        encoded = encode_file(path, tokenizer, max_length, val_fraction, skip_bad, notes)
-        examples.write(folder, encoded, tokenizer.vocab_size)
-        write_json(folder / "notes.json", notes)
-    folder = cache.kept(f"data/{name}", encode, at_most=8)
-    notes = read_json(folder / "notes.json")
-    train, held_out = examples.read(folder, tokenizer.vocab_size, source_of(path))
+    train, remarks = tokenised(data, tokenizer, max_length, skip_bad, max_examples)
+    if val_data:
+        held_out, more = tokenised(val_data, tokenizer, max_length, skip_bad)
+        both = np.isin(held_out.hashes, train.hashes).sum()
+        remarks += more
+        if both:
+            remarks.append(f"{both} held-out examples have a prompt that is trained on")
+    else:
+        number, asked, prompts = len(train), len(train) * val_fraction, len(set(train.hashes))
+        mask = is_held_out(train.hashes, val_fraction)
+        train, held_out = train.where(~mask), train.where(mask)
+        if not len(train) or len(held_out) < asked / 2:
+            remarks.append(
+                f"of {number} examples {len(held_out)} are held out, where --val-fraction "
+                f"{val_fraction:g} asks for {asked:.1f}: they have {prompts} different prompts, and "
+                "those with the same prompt stay together. Choose another --val-fraction (0: none), "
+                "or name --val-data")
     if not len(train):
-        reason = f" ({'; '.join(notes['told'])})" if notes["told"] else ""
-        raise UserError(f"{path}: no example to train on{reason}; {len(held_out)} held out by "
-                        f"--val-fraction {val_fraction}")
-    return train, held_out, notes
+        raise UserError(f"{data.origin['name']}: no example to train on ({'; '.join(remarks)})")
+    return train, held_out, remarks
 
 
-def encode_file(path, tokenizer: Tokenizer, max_length, val_fraction, skip_bad, notes: dict):
-    """Yield (tokens, is_target, record number, held out) of each conversation; fill `notes`."""
-    bad, too_long, categories, prompts = [], 0, Counter(), []
-    conversations = read_conversations(path, bad if skip_bad else None)
-    with tqdm(desc="reading", unit=" records", leave=False) as bar:
-        while chunk := list(islice(conversations, 4096)):
+def tokenised(data: DataFiles, tokenizer, max_length, skip_bad=False, max_examples=None):
+    """Data files -> (Examples of at most `max_length` tokens, remarks)."""
+    folders, sources, remarks, wanted = [], [], {}, max_examples or math.inf
+    for folder, source in parts_of(data, tokenizer, skip_bad):
+        notes = read_json(folder / "notes.json")
+        for remark, (count, places) in notes["remarks"].items():
+            before, shown = remarks.get(remark, (0, []))
+            remarks[remark] = before + count, [*shown, *(source + place for place in places)][:3]
+        folders.append(folder)
+        sources.append(source)
+        wanted -= notes["examples"]
+        if wanted <= 0:
+            break
+    found = examples.read(folders, sources, tokenizer.vocab_size)
+    found = found.where(np.arange(len(found)) < (max_examples or math.inf))
+    fits = found.lengths <= max_length
+    told = [f"{count} {remark} ({', '.join(places)}{' ...' if count > 3 else ''})"
+            for remark, (count, places) in remarks.items()]
+    if not fits.all():
+        told.append(f"{(~fits).sum()} left out: longer than --max-length {max_length}")
+    return found.where(fits), told
+
+
+def parts_of(data: DataFiles, tokenizer: Tokenizer, skip_bad):
+    """Yield (folder of the cache, source) for each PART records; it is made if need be."""
+    vocabulary = hashlib.sha256(tokenizer.content).hexdigest()
+    for path, sha256 in data.hashes.items():
+        start, total = 0, 1
+        while start < total:
+            recipe = [rows.format_of(path), sha256, vocabulary, skip_bad, PART, CODE, start]
+            name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+            def make(folder, path=path, sha256=sha256, start=start):
+                notes = {"total": rows.count_rows(path)}
+                encoded = encode_part(path, start, tokenizer, skip_bad, notes)
+                examples.write(folder, encoded, tokenizer.vocab_size)
+                write_json(folder / "notes.json", notes)
+                if sha256_of(path) != sha256:
+                    raise UserError(f"{path} changed while it was read: start again")
+            folder = cache.kept(f"data/{name}", make, at_most=256)
+            yield folder, source_of(path)
+            start, total = start + PART, read_json(folder / "notes.json")["total"]
+
+
+def encode_part(path, start, tokenizer: Tokenizer, skip_bad, notes: dict):
+    """Yield (tokens, is_target, record number, hash of the prompt) of the PART from `start` on.
+
+    notes["remarks"]: {what the user should know: (how many records, the first three of them)}
+    """
+    bad, places, notes["examples"] = [], defaultdict(list), 0
+    conversations = read_conversations(path, bad if skip_bad else None, start, start + PART)
+    with tqdm(desc=f"tokenising {path.name}", initial=start, total=notes["total"],
+              unit=" records", leave=False) as bar:
+        while chunk := list(islice(conversations, 2048)):
             encoded = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
-            for conversation, pieces in zip(chunk, encoded, strict=True):
-                tokens, is_target = join(pieces)
-                if len(tokens) > max_length:
-                    too_long += 1
-                    continue
-                categories[conversation.category or "none given"] += 1
-                held_out = is_held_out(conversation.messages, val_fraction)
-                if held_out and len(tokens) < 200 and len(conversation.messages) == 2:
-                    prompts.append(conversation.messages[:1])
-                yield tokens, is_target, conversation.number, held_out
+            for item, pieces in zip(chunk, encoded, strict=True):
+                yield *join(pieces), item.number, prompt_hash(item.messages)
+                for remark in remarks_on(item):
+                    places[remark].append(str(item.number))
+            notes["examples"] += len(chunk)
             bar.update(len(chunk))
-    told = [f"{too_long} left out: longer than --max-length {max_length}"] if too_long else []
     if bad:
-        told.append(f"{len(bad)} bad, left out: {'; '.join(bad[:3])}")
-    notes |= {"told": told, "categories": dict(categories.most_common(20)), "prompts": prompts[:3]}
+        places["bad records are left out"] = [f"{number}: {fault}" for number, fault in bad]
+    notes["remarks"] = {remark: (len(where), where[:3]) for remark, where in places.items()}
+
+
+def remarks_on(conversation: Conversation):
+    """What of a conversation is not learned as it stands, each once."""
+    for key in conversation.unused:
+        yield f"records have text under {key!a:.60}, which is not used"
+    replies = [m for m in conversation.messages if m["role"] == "assistant"]
+    if any("weight" in reply for reply in replies):
+        yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
+    if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
+        yield "records have a reply whose first line loses its indentation"
+    texts = "".join(map(text_of, conversation.messages))
+    if any(name in texts for name in CONTROL):
+        yield "records spell a control token, which is read as ordinary text"
+
+
+def questions(examples: Examples, tokenizer: Tokenizer):
+    """Yield the short questions among some examples, as messages: [{"role": "user", ...}]."""
+    for i in np.flatnonzero(examples.lengths < 200):
+        text = tokenizer.decode_with_control(examples[i][0])
+        turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+        if [role for role, _ in turns] == ["user", "assistant"]:
+            yield [{"role": "user", "content": turns[0][1]}]
 
 
 # ---- examples -> ribbons

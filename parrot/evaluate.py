@@ -22,7 +22,7 @@ from parrot import fast
 from parrot.assistant import Assistant
 from parrot.chat import encode_chat, join, text_of, with_system
 from parrot.config import EvaluateConfig
-from parrot.data import Batch, is_held_out, micro_batches
+from parrot.data import Batch, is_held_out, micro_batches, prompt_hash
 from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
@@ -33,7 +33,7 @@ from parrot.sampling import replies
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
 from parrot.system.device import pick, tokens_per_forward
-from parrot.system.disk import sha256_of, write_json
+from parrot.system.disk import write_json
 from parrot.training import token_losses
 
 FACTS = Path(__file__).with_name("questions.jsonl")  # the replies to the first three are shown
@@ -265,12 +265,13 @@ def main():
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
     bad = [] if config.skip_bad_records else None
-    conversations = [conversation for conversation in read_conversations(data.path, bad)
-                     if is_held_out(conversation.messages, config.val_fraction)]
+    conversations = [conversation for path in data.files
+                     for conversation in read_conversations(path, bad)
+                     if is_held_out(prompt_hash(conversation.messages), config.val_fraction)]
     if not conversations:
-        raise UserError(f"{data.path}: nothing is held out by --val-fraction {config.val_fraction}")
+        raise UserError(f"{config.data}: nothing is held out by --val-fraction {config.val_fraction}")
     models = [(name, hub.find_weights(name)) for name in config.models]
-    finished = [found.path for _, found in models if is_finished(found.path, data.path, config)]
+    finished = [found.path for _, found in models if is_finished(found.path, data, config)]
     results, names = [], []
     for name, found in models:
         formats = ["chat"]
@@ -288,12 +289,13 @@ def main():
         card.write(folder)
 
 
-def is_finished(folder, data_path, config: EvaluateConfig):
+def is_finished(folder, data: hub.DataFiles, config: EvaluateConfig):
     """Whether train.py finished a run here; says so if it was trained on what is held out now."""
     about = report.read_if_there(folder / "run.json")
     with report.contents_of(folder / "run.json"):
         fraction = about.get("config", {}).get("val_fraction", 0)
-        is_same_data = about.get("data", {}).get("sha256") == sha256_of(data_path)
+        hashes = set(about.get("data", {}).get("files", {}).values())
+        is_same_data = not hashes.isdisjoint(data.hashes.values())
         if is_same_data and fraction < config.val_fraction:
             say(f"{folder} held out only {fraction:g} of this data: it was trained on some of what "
                 "it is measured on here")

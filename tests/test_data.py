@@ -17,9 +17,11 @@ from parrot.data import (
     is_held_out,
     load_examples,
     micro_batches,
+    prompt_hash,
     steps_per_epoch,
 )
-from parrot.files import cache, examples
+from parrot.files import examples, records
+from parrot.files.hub import find_data
 from parrot.files.records import to_messages
 from parrot.files.tokenizer import Tokenizer
 from parrot.system.console import UserError
@@ -32,19 +34,19 @@ def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=fault):
-        load_examples(path, tiny_tokenizer, 100, 0.1)
+        load_examples(find_data(path), tiny_tokenizer, 100, 0.1)
 
 
 def test_every_record_is_too_long(records_file, tiny_tokenizer):
     path = records_file([{"messages": [{"role": "system", "content": "word " * 100}, USER, REPLY]}] * 3)
     with pytest.raises(UserError, match="no example to train on .3 left out: longer than --max-length 50"):
-        load_examples(path, tiny_tokenizer, 50, 0.1)
+        load_examples(find_data(path), tiny_tokenizer, 50, 0.1)
 
 
 def test_everything_is_held_out(records_file, tiny_tokenizer):
-    record = next(r for r in some_records(50) if is_held_out(to_messages(r), 0.5))
-    with pytest.raises(UserError, match="no example to train on; 2 held out by --val-fraction 0.5"):
-        load_examples(records_file([record, record]), tiny_tokenizer, 100, 0.5)
+    record = next(r for r in some_records(50) if is_held_out(prompt_hash(to_messages(r)), 0.5))
+    with pytest.raises(UserError, match="no example to train on .of 2 examples 2 are held out, where --val-fraction 0.5 asks for 1.0: they have 1 different prompts"):
+        load_examples(find_data(records_file([record, record])), tiny_tokenizer, 100, 0.5)
 
 
 # ---- the split
@@ -58,24 +60,24 @@ def test_the_split_ignores_order_and_keeps_duplicates_together(records_file, tin
     twins = [{**r, "instruction": f"  {r['instruction'].upper()} ", "response": r["response"] + " "} for r in records]
     shuffled = records + twins
     random.Random(0).shuffle(shuffled)
-    train, held, _ = load_examples(records_file(records), tiny_tokenizer, 1000, 0.3)
+    train, held, _ = load_examples(find_data(records_file(records)), tiny_tokenizer, 1000, 0.3)
     assert 15 < len(held) < 45 and len(train) + len(held) == 100
-    train2, held2, _ = load_examples(records_file(shuffled), tiny_tokenizer, 1000, 0.3)
+    train2, held2, _ = load_examples(find_data(records_file(shuffled)), tiny_tokenizer, 1000, 0.3)
     assert len(held2) == 2 * len(held) and len(train2) == 2 * len(train)
     assert prompts_of(held, tiny_tokenizer) <= prompts_of(held2, tiny_tokenizer)
 
 
 def test_the_reply_does_not_decide_the_side():
-    sides = {is_held_out([USER, {"role": "assistant", "content": str(n)}], 0.5) for n in range(50)}
+    sides = {prompt_hash([USER, {"role": "assistant", "content": str(n)}]) for n in range(50)}
     assert len(sides) == 1
-    assert not is_held_out([USER, REPLY], 0.0)
+    assert not is_held_out(prompt_hash([USER, REPLY]), 0.0)
 
 
 # ---- examples, counted
 
 def test_examples_are_the_tokens_of_the_template(records_file, tiny_tokenizer):
     records = some_records(10)
-    train, _, _ = load_examples(records_file(records), tiny_tokenizer, 1000, 0.0)
+    train, _, _ = load_examples(find_data(records_file(records)), tiny_tokenizer, 1000, 0.0)
     for index, record in enumerate(records):
         tokens, is_target = encode_chat(to_messages(record), tiny_tokenizer)
         assert train[index][0].tolist() == tokens and train[index][1].tolist() == is_target
@@ -86,55 +88,153 @@ def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
     path = records_file([
         {"instruction": "Q", "context": "word " * 500, "response": "A"}, {"prompt": "Q", "completion": "word " * 500},
         {"prompt": "Q", "completion": "A"}, {"x": 1}])
-    train, _, notes = load_examples(path, tiny_tokenizer, 100, 0.0, skip_bad=True)
+    train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0, skip_bad=True)
     assert len(train) == 1 and train.source(0).endswith(":3")
-    assert notes["told"][0] == "2 left out: longer than --max-length 100"
-    assert notes["told"][1].startswith("1 bad, left out: ") and ":4: its keys are x" in notes["told"][1]
+    assert told[0].startswith(f"1 bad records are left out ({path}:4: its keys are x; expected")
+    assert told[1] == "2 left out: longer than --max-length 100"
 
 
 # ---- the cache
 
 def test_what_was_read_once_is_not_read_again(records_file, tiny_tokenizer, monkeypatch):
     path = records_file(some_records(20))
-    first = load_examples(path, tiny_tokenizer, 100, 0.3)
+    first = load_examples(find_data(path), tiny_tokenizer, 100, 0.3)
     monkeypatch.setattr(data, "encode_pieces", None)
     other = path.rename(path.with_name("renamed.jsonl"))
-    second = load_examples(other, tiny_tokenizer, 100, 0.3)
+    second = load_examples(find_data(other), tiny_tokenizer, 100, 0.3)
     assert first[2] == second[2] and "renamed.jsonl:" in second[0].source(3)
     for one, two in zip(first[:2], second[:2]):
         assert len(one) == len(two) and all((a == b).all() for i in range(len(one)) for a, b in zip(one[i], two[i]))
 
 
-@pytest.mark.parametrize("changes", [{"max_length": 90}, {"val_fraction": 0.2}, {"skip_bad": True}])
-def test_other_settings_and_other_data_are_read_anew(changes, records_file, tiny_tokenizer, monkeypatch):
+def test_other_data_is_read_anew_other_limits_are_not(records_file, tiny_tokenizer, monkeypatch):
     settings = {"max_length": 100, "val_fraction": 0.3}
     path = records_file(some_records(20))
-    load_examples(path, tiny_tokenizer, **settings)
+    load_examples(find_data(path), tiny_tokenizer, **settings)
     monkeypatch.setattr(data, "encode_pieces", None)
+    for changes in ({"max_length": 90}, {"val_fraction": 0.2}, {"max_examples": 7}):
+        load_examples(find_data(path), tiny_tokenizer, **{**settings, **changes})
     with pytest.raises(TypeError):  # None was called
-        load_examples(path, tiny_tokenizer, **{**settings, **changes})
+        load_examples(find_data(path), tiny_tokenizer, **settings, skip_bad=True)
     with pytest.raises(TypeError):
-        load_examples(records_file(some_records(21)), tiny_tokenizer, **settings)
+        load_examples(find_data(records_file(some_records(21))), tiny_tokenizer, **settings)
 
 
 def test_another_tokenizer_and_another_kind_of_file_are_read_anew(records_file, tiny_tokenizer, tmp_path, monkeypatch):
     path = records_file(some_records(20))
-    load_examples(path, tiny_tokenizer, 100, 0.3)
+    load_examples(find_data(path), tiny_tokenizer, 100, 0.3)
     shutil.copy(tiny_tokenizer.folder / "tokenizer.json", tmp_path)
     with open(tmp_path / "tokenizer.json", "a") as file:
         file.write("\n")
     monkeypatch.setattr(data, "encode_pieces", None)
     with pytest.raises(TypeError):
-        load_examples(path, Tokenizer(tmp_path), 100, 0.3)
+        load_examples(find_data(path), Tokenizer(tmp_path), 100, 0.3)
     with pytest.raises(UserError, match="not a Parquet file"):
-        load_examples(shutil.copy(path, tmp_path / "a.parquet"), tiny_tokenizer, 100, 0.3)
+        load_examples(find_data(shutil.copy(path, tmp_path / "a.parquet")), tiny_tokenizer, 100, 0.3)
 
 
-def test_the_cache_keeps_the_last_few(records_file, tiny_tokenizer):
-    for count in range(10, 22):
-        load_examples(records_file(some_records(count)), tiny_tokenizer, 100, 0.0)
-    assert len(list((cache.cache_folder() / "data").iterdir())) == 8
+def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_tokenizer, monkeypatch):
+    """Twenty records in parts of six, and Ctrl-C in the third part."""
+    monkeypatch.setattr(data, "PART", 6)
+    path, read = records_file(some_records(20)), []
 
+    def read_from(path, bad, start, stop):
+        read.append(start)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return records.read_conversations(path, bad, start, stop)
+    monkeypatch.setattr(data, "read_conversations", read_from)
+    with pytest.raises(KeyboardInterrupt):
+        load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
+    train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
+    assert read == [0, 6, 12, 12, 18]
+    for i, record in enumerate(some_records(20)):
+        assert train[i][0].tolist() == encode_chat(to_messages(record), tiny_tokenizer)[0]
+        assert train.source(i) == f"{path}:{i + 1}"
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(records_file, tiny_tokenizer, monkeypatch):
+    path = records_file(some_records(23))
+
+    def changing(*args):
+        path.write_text(path.read_text() * 2)
+        return records.read_conversations(*args)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while it was read"):
+        patch.setattr(data, "read_conversations", changing)
+        load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
+    assert len(load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)[0]) == 46
+
+
+def test_the_first_examples_and_several_files(records_file, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "PART", 6)
+    one, two = records_file(some_records(10), "one.jsonl"), records_file(some_records(9)[5:], "two.jsonl")
+    train, _, _ = load_examples(find_data([one, two]), tiny_tokenizer, 1000, 0.0)
+    assert [train.source(i) for i in (0, 9, 10, 13)] == [f"{one}:1", f"{one}:10", f"{two}:1", f"{two}:4"]
+    assert train[10][0].tolist() == train[5][0].tolist()
+    assert len(load_examples(find_data([one, two]), tiny_tokenizer, 1000, 0.0, max_examples=12)[0]) == 12
+    assert load_examples(find_data(one), tiny_tokenizer, 1000, 0.0, max_examples=2)[0].source(1) == f"{one}:2"
+
+
+# ---- what is held out, and what is told
+
+def test_a_file_of_its_own_can_be_held_out(records_file, tiny_tokenizer):
+    ours, theirs = records_file(some_records(10)), records_file(some_records(12)[9:], "theirs.jsonl")
+    train, held_out, told = load_examples(find_data(ours), tiny_tokenizer, 1000, 0.5, val_data=find_data(theirs))
+    assert len(train) == 10 and [held_out.source(i) for i in range(3)] == [f"{theirs}:{n}" for n in (1, 2, 3)]
+    assert told == ["1 held-out examples have a prompt that is trained on"]
+
+
+@pytest.mark.parametrize("prompt, fault", [("Write a haiku.", "of 60 examples 0"), ("Write lyrics.", "of 60 examples 0"),
+                                           ("a", "of 60 examples 60 are held out")])
+def test_one_prompt_for_all_records(prompt, fault, records_file, tiny_tokenizer):
+    path = records_file([{"prompt": prompt, "completion": f"Line {n}"} for n in range(60)])
+    held_out = is_held_out(prompt_hash([{"role": "user", "content": prompt}]), 0.3)
+    try:
+        _, _, told = load_examples(find_data(path), tiny_tokenizer, 1000, 0.3)
+    except UserError as error:
+        told = [str(error)]
+    assert held_out == ("60 are held out" in told[0]) and "of 60 examples" in told[0]
+    assert "1 different prompts" in told[0] and "--val-fraction (0: none), or name --val-data" in told[0]
+
+
+REMARKS = [
+    ({"prompt": "Q", "completion": "A", "hint": "C"}, "1 records have text under 'hint', which is not used"),
+    ({"question": "Q", "answer": "A", "tags": {"a": ["C"]}}, "text under 'tags'"),
+    ({"messages": [{**USER, "name": "Kim"}, REPLY]}, "text under 'name (of a turn)'"),
+    ({"prompt": "def f():", "completion": "    return 1"}, "1 records have a reply whose first line loses its indentation"),
+    ({"prompt": "def f():", "completion": "\n\treturn 1"}, "loses its indentation"),
+    ({"prompt": "Q<|im_end|>", "completion": "A"}, "1 records spell a control token"),
+    ({"instruction": "Q", "input": "<|endoftext|>", "output": "A"}, "spell a control token"),
+    ({"prompt": "Q", "completion": "<|im_start|>A"}, "spell a control token"),
+    ({"messages": [USER, {**REPLY, "weight": 0}, USER, REPLY]}, "replies that are not learned"),
+    ({"messages": [USER, {**REPLY, "train": False}, USER, REPLY]}, "replies that are not learned"),
+    ({"prompt": [USER, REPLY, USER], "completion": [REPLY]}, "replies that are not learned")]
+
+
+@pytest.mark.parametrize("record, remark", REMARKS)
+def test_what_is_not_learned_as_it_stands_is_told(record, remark, records_file, tiny_tokenizer):
+    path = records_file([{"prompt": "Q", "completion": " A"}, record])
+    [told] = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)[2]
+    assert remark in told and f"({path}:2)" in told
+
+
+def test_remarks_are_counted_over_all_parts(records_file, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "PART", 6)
+    path = records_file([{"prompt": str(n), "completion": "A", "x": "C" * (n > 3)} for n in range(20)])
+    assert load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)[2] == [
+        f"16 records have text under 'x', which is not used ({path}:5, {path}:6, {path}:7 ...)"]
+
+
+def test_short_held_out_questions_are_asked(records_file, tiny_tokenizer):
+    path = records_file([{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "Who?\nYou?", "completion": "I"},
+                         {"prompt": "word " * 300, "completion": "A"}, *some_records(5)])
+    train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
+    asked = list(data.questions(train, tiny_tokenizer))
+    assert asked[0] == [{"role": "user", "content": "Who?\nYou?"}] and len(asked) == 6
+    assert asked[1][0]["content"] == "Count to 1.\n\nStart at 1."
+
+
+# ---- the cache's files
 
 TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
 
@@ -143,7 +243,8 @@ TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
 def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
     folder, size = tmp_path_factory.mktemp("store"), 2**17 if large else 2**16
     examples.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
-    for side, read in enumerate(examples.read(folder, size, "x:")):
+    everything = examples.read([folder], ["x:"], size)
+    for side, read in enumerate((everything.where(everything.hashes == 0), everything.where(everything.hashes == 1))):
         written = [(tokens, number) for tokens, number, held in parts if held == side]
         assert [read[i][0].tolist() for i in range(len(read))] == [tokens for tokens, _ in written]
         assert [read[i][1].tolist() for i in range(len(read))] == [[t % 2 == 0 for t in tokens] for tokens, _ in written]
@@ -153,7 +254,7 @@ def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
 # ---- order and ribbons
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(records_file, tiny_tokenizer):
-    train, _, _ = load_examples(records_file(some_records(50)), tiny_tokenizer, 1000, 0.0)
+    train, _, _ = load_examples(find_data(records_file(some_records(50))), tiny_tokenizer, 1000, 0.0)
     assert steps_per_epoch(train, 16) == 4
     assert [len(examples_of_step(step, train, 16, seed=0)) for step in range(8)] == [13, 13, 12, 12] * 2
     epochs = [np.concatenate([examples_of_step(4 * epoch + i, train, 16, seed=0) for i in range(4)]).tolist()
@@ -165,7 +266,7 @@ def test_every_epoch_sees_every_example_once_in_a_new_order(records_file, tiny_t
 
 
 def test_a_ribbon_written_out(records_file, tiny_tokenizer):
-    train, _, _ = load_examples(records_file([{"prompt": "Q", "completion": "A"}, {"prompt": "QQ", "completion": "BC"}]),
+    train, _, _ = load_examples(find_data(records_file([{"prompt": "Q", "completion": "A"}, {"prompt": "QQ", "completion": "BC"}])),
                                 tiny_tokenizer, 100, 0.0)
     batch = Batch.of(train, [1, 0])
     assert batch.ribbon.lengths == [train.lengths[1], train.lengths[0]]
@@ -188,8 +289,8 @@ def test_micro_batches_keep_order_and_limits(lengths, most, budget):
 
 def test_editing_what_makes_the_tokens_changes_the_key(records_file, tiny_tokenizer, monkeypatch):
     path = records_file(some_records(20))
-    load_examples(path, tiny_tokenizer, 100, 0.3)
+    load_examples(find_data(path), tiny_tokenizer, 100, 0.3)
     monkeypatch.setattr(data, "CODE", "of an edited chat.py")
     monkeypatch.setattr(data, "encode_pieces", None)
     with pytest.raises(TypeError):  # None was called
-        load_examples(path, tiny_tokenizer, 100, 0.3)
+        load_examples(find_data(path), tiny_tokenizer, 100, 0.3)

@@ -20,6 +20,7 @@ import train
 from parrot import assistant
 from parrot.config import TrainConfig
 from parrot.data import examples_of_step, load_examples
+from parrot.files.hub import find_data
 from parrot.system.console import Interrupted, UserError
 from parrot.system.distributed import Processes
 from parrot.training import held_out_loss, learning_rate
@@ -52,7 +53,7 @@ def test_a_run_equals_a_plain_loop_of_transformers(plain, config, tiny_tokenizer
     """Order, schedule, clipping, AdamW, loss, held-out loss: all of it, in 10 steps."""
     c = config(val_fraction=0, weight_decay=0.1, max_steps=10, plain=plain)
     train.train(c)
-    examples, _, _ = load_examples(c.data, tiny_tokenizer, c.max_length, 0)
+    examples, _, _ = load_examples(find_data(c.data), tiny_tokenizer, c.max_length, 0)
     reference = AutoModelForCausalLM.from_pretrained(c.weights, dtype=torch.float32)
     groups = [{"params": [p for n, p in reference.named_parameters() if ("norm" in n) == scale],
                "weight_decay": 0 if scale else 0.1} for scale in (False, True)]
@@ -82,7 +83,7 @@ def test_the_best_by_held_out_loss_stays(config, monkeypatch):
     best = min((loss, step) for step, loss in losses.items() if step)
     assert about["best_loss"] == best[0] < losses[max(losses)] and 0 < best[1] < max(losses)
     model, tokenizer = assistant.load(c.out)
-    _, held_out, _ = load_examples(c.data, tokenizer, c.max_length, c.val_fraction)
+    _, held_out, _ = load_examples(find_data(c.data), tokenizer, c.max_length, c.val_fraction)
     assert held_out_loss(model, held_out, 4096, torch.float32, Processes()) == pytest.approx(best[0], rel=1e-6)
 
 

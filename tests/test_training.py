@@ -12,6 +12,7 @@ from parrot import assistant
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
 from parrot.fast import head
+from parrot.files.hub import find_data
 from parrot.model import Llama
 from parrot.system.device import multiplies_bfloat16
 from parrot.system.distributed import Processes
@@ -32,7 +33,7 @@ def accumulate(model, batches, dtype=torch.float32):
 
 @pytest.fixture
 def examples(records_file, tiny_tokenizer):
-    train, _, _ = load_examples(records_file(some_records(64)), tiny_tokenizer, 512, 0.0)
+    train, _, _ = load_examples(find_data(records_file(some_records(64))), tiny_tokenizer, 512, 0.0)
     return train
 
 
@@ -110,7 +111,7 @@ def test_adamw_steps_equal_a_plain_loop_on_padded_batches(tied, examples, tmp_pa
 
 
 def test_real_weights_have_the_loss_and_gradient_of_transformers(both_ways, q4_folder, tokenizer, records_file):
-    examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
+    examples, _, _ = load_examples(find_data(records_file(some_records(6))), tokenizer, 512, 0.0)
     model = Llama.load(q4_folder)
     loss = accumulate(model, [Batch.of(examples, [0, 1]), Batch.of(examples, [2, 3, 4, 5])])
     reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
@@ -124,7 +125,7 @@ def test_real_weights_have_the_loss_and_gradient_of_transformers(both_ways, q4_f
 
 @pytest.mark.skipif(not multiplies_bfloat16(torch.device("cpu")), reason="takes a quarter of an hour on a CPU without bfloat16 units")
 def test_bfloat16_stays_near_float32(q4_folder, tokenizer, records_file):
-    examples, _, _ = load_examples(records_file(some_records(6)), tokenizer, 512, 0.0)
+    examples, _, _ = load_examples(find_data(records_file(some_records(6))), tokenizer, 512, 0.0)
     model = Llama.load(q4_folder)
     batch = Batch.of(examples, range(6))
     exact = accumulate(model, [batch])
@@ -152,7 +153,7 @@ def test_the_stop_token_is_learned(tiny_tokenizer, records_file):
     """Trained on one short reply until it knows it, the model ends the reply by itself."""
     from parrot.chat import encode_prompt
     from parrot.sampling import generate
-    examples, _, _ = load_examples(records_file([{"prompt": "Hi", "completion": "Ho ho"}]), tiny_tokenizer, 64, 0.0)
+    examples, _, _ = load_examples(find_data(records_file([{"prompt": "Hi", "completion": "Ho ho"}])), tiny_tokenizer, 64, 0.0)
     model = tiny_model()
     optimizer = make_optimizer(model, TrainConfig(learning_rate=2e-2))
     for _ in range(60):

@@ -13,6 +13,7 @@ from parrot.chat import encode_chat, token_rows
 from parrot.config import QUICKSTART
 from parrot.data import Batch, Examples, load_examples, steps_per_epoch
 from parrot.files import model_folder, records
+from parrot.files.hub import find_data
 from parrot.model import Llama
 from parrot.sampling import generate, nucleus
 from parrot.training import learning_rate, token_losses
@@ -104,7 +105,7 @@ def test_a_sum_divided_once(model, tokenizer):
 
 
 def test_the_schedule(tokenizer):
-    train, held_out, _ = load_examples(ROOT / "parrot" / "quickstart.jsonl", tokenizer, 2048, 0.1)
+    train, held_out, _ = load_examples(find_data(ROOT / "parrot" / "quickstart.jsonl"), tokenizer, 2048, 0.1)
     steps = QUICKSTART["epochs"] * steps_per_epoch(train, QUICKSTART["batch_size"])
     assert (f"{len(train)} examples to train on, {len(held_out)} held out, {steps} steps" in TEXT)
     assert (ROOT / ".github" / "schedule.svg").read_text() == figures.schedule(steps)

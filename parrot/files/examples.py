@@ -1,8 +1,8 @@
 """Tokenised conversations in flat arrays: a few bytes per token, mapped from disk, no objects.
 
-    tokens.bin    the tokens of all examples, end to end
+    tokens.bin    the tokens of all examples of a part, end to end
     targets.bin   a byte for each token: whether it is a target
-    index.npy     (examples, 3): length, number of its record, whether it is held out
+    index.npy     (examples, 3): length, number of its record, hash of its prompt
 """
 
 from array import array
@@ -11,53 +11,69 @@ import numpy as np
 
 
 class Examples:
-    """tokens, is_target (all tokens,); per example its start, length and record's number."""
+    """Examples by number, whichever part of the data they lie in.
 
-    def __init__(self, tokens, is_target, starts, lengths, numbers, source=""):
-        self.tokens, self.is_target = tokens, is_target
-        self.starts, self.lengths, self.numbers = starts, lengths, numbers
-        self._source = source  # what precedes a record's number: "data.jsonl:"
+    parts: [(tokens, is_target, source)], flat arrays and what precedes a number: "data.jsonl:"
+    index: (examples, 5): part, start, length, number of the record, hash of the prompt
+    """
+
+    def __init__(self, parts, index):
+        self.parts, self.index = parts, index
+        self.lengths, self.hashes = index[:, 2], index[:, 4]
 
     @classmethod
-    def of(cls, parts):
+    def of(cls, pairs):
         """[(tokens, is_target)] -> Examples in memory."""
-        lengths = np.array([len(tokens) for tokens, _ in parts])
-        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in parts])
-        is_target = np.concatenate([np.asarray(flags, bool) for _, flags in parts])
-        return cls(tokens, is_target, lengths.cumsum() - lengths, lengths, np.arange(len(parts)))
+        lengths = np.array([len(tokens) for tokens, _ in pairs])
+        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in pairs])
+        is_target = np.concatenate([np.asarray(flags, bool) for _, flags in pairs])
+        index = np.stack([lengths, np.arange(len(pairs)), 0 * lengths], axis=1)
+        return cls([(tokens, is_target, "")], with_starts(index, part=0))
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.index)
 
-    def __getitem__(self, index):
+    def __getitem__(self, i):
         """(tokens, is_target) of one example, two arrays of one length."""
-        span = slice(self.starts[index], self.starts[index] + self.lengths[index])
-        return self.tokens[span], self.is_target[span]
+        part, start, length = self.index[i, :3]
+        tokens, is_target, _ = self.parts[part]
+        return tokens[start:start + length], is_target[start:start + length]
 
-    def source(self, index):
+    def source(self, i):
         """Where an example came from: file and line."""
-        return f"{self._source}{self.numbers[index]}"
+        return f"{self.parts[self.index[i, 0]][2]}{self.index[i, 3]}"
+
+    def where(self, mask):
+        """Those whose entry of `mask` (examples,) is True."""
+        return Examples(self.parts, self.index[mask])
+
+
+def with_starts(index, part):
+    """(examples, 3) as in index.npy -> (examples, 5) as in Examples."""
+    lengths = index[:, 0]
+    starts = lengths.cumsum() - lengths
+    return np.column_stack([np.full_like(lengths, part), starts, index])
 
 
 def write(folder, examples, vocab_size):
-    """Write an iterable of (tokens, is_target, record number, held out) into `folder`."""
+    """Write an iterable of (tokens, is_target, record number, hash of the prompt) into `folder`."""
     dtype, index = np.min_scalar_type(vocab_size - 1), array("q")  # uint16 for 49,152 tokens
     with open(folder / "tokens.bin", "wb") as ids, open(folder / "targets.bin", "wb") as flags:
-        for tokens, is_target, number, held_out in examples:
+        for tokens, is_target, number, prompt_hash in examples:
             ids.write(np.asarray(tokens, dtype).tobytes())
             flags.write(bytes(is_target))
-            index.extend((len(tokens), number, held_out))
+            index.extend((len(tokens), number, prompt_hash))
     np.save(folder / "index.npy", np.array(index, np.int64).reshape(-1, 3))
 
 
-def read(folder, vocab_size, source):
-    """-> the Examples to train on, and those that are held out; their tokens are still on disk."""
-    index = np.load(folder / "index.npy")
-    tokens, is_target = np.zeros(0, np.uint16), np.zeros(0, bool)
-    if len(index):  # an empty file cannot be mapped
-        tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
-        is_target = np.memmap(folder / "targets.bin", bool, "r")
-    lengths, numbers, held_out = index.T
-    starts = lengths.cumsum() - lengths
-    return [Examples(tokens, is_target, starts[side], lengths[side], numbers[side], source)
-            for side in (held_out == 0, held_out == 1)]
+def read(folders, sources, vocab_size):
+    """Parts that were written -> Examples; their tokens are still on disk."""
+    parts, indices = [], [np.zeros((0, 5), np.int64)]
+    for folder, source in zip(folders, sources, strict=True):
+        index = np.load(folder / "index.npy")
+        if len(index):  # an empty file cannot be mapped
+            tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
+            is_target = np.memmap(folder / "targets.bin", bool, "r")
+            indices.append(with_starts(index, len(parts)))
+            parts.append((tokens, is_target, source))
+    return Examples(parts, np.concatenate(indices))

@@ -10,10 +10,12 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from parrot.files import gguf_import, model_folder
+from parrot.files import gguf_import, model_folder, rows
 from parrot.files.cache import kept, source_hash
 from parrot.system.console import UserError, say
 from parrot.system.disk import sha256_of
@@ -21,7 +23,8 @@ from parrot.system.disk import sha256_of
 HUB_MODELS = {"base": "HuggingFaceTB/SmolLM2-135M",
               "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 HUB_DATA = {"dolly": "databricks/databricks-dolly-15k"}
-HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
+SPLITS = ("test", "validation", "valid", "val", "dev", "eval")  # not trained on unless asked for
+HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|csv|gz|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
 MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors",
                "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -37,6 +40,18 @@ class Found:
     """Where something lies on this machine, and where it came from (for run.json)."""
     path: Path
     origin: dict
+
+
+@dataclass
+class DataFiles:
+    """The files of a data set, and where they came from (for run.json)."""
+    files: list[Path]
+    origin: dict
+
+    @cached_property
+    def hashes(self):
+        """{file: its sha256}"""
+        return {file: sha256_of(file) for file in self.files}
 
 
 def find_weights(name: str) -> Found:
@@ -57,31 +72,77 @@ def find_weights(name: str) -> Found:
     return Found(path, {"name": name, "from": "a folder"})
 
 
-def find_data(name: str) -> Found:
-    """A name that --data takes -> Found, its path a data file."""
-    path = Path(os.path.expanduser(name))
+def find_data(names, split="train", of=None) -> DataFiles:
+    """What --data takes, one name or several -> DataFiles, of each the files of `split`.
+
+    A name like test is the one of `of` that is so called.
+    """
+    if str(names) in SPLITS and of and not Path(names).exists():
+        names, split = of, names
+    names = names if isinstance(names, list) else [names]
+    found = [_find_data(str(name), split) for name in names]
+    if len(found) == 1:
+        return found[0]
+    return DataFiles([file for data in found for file in data.files], {
+        "name": " ".join(Path(name).name for name in names), "from": "several files"})
+
+
+def _find_data(name, split):
+    path, pattern = Path(os.path.expanduser(name)), re.search(r"[*?[]", name)
     if name == "quickstart":
-        return Found(QUICKSTART_DATA, {"name": name, "from": "this project"})
-    if name in HUB_DATA or not path.exists():
-        found = _from_hub(name, "dataset", {**HUB_DATA, "quickstart": None})
-        names = [p.relative_to(found.path).as_posix() for p in found.path.rglob("*") if p.is_file()]
-        return Found(found.path / _data_file(name, names), found.origin)
+        return DataFiles([QUICKSTART_DATA], {"name": name, "from": "this project"})
     if path.is_dir():
-        raise UserError(f"{name} is a folder: name the data file in it")
-    return Found(path, {"name": name, "from": "a file"})
+        files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return DataFiles([path / file for file in shards(name, files, split)],
+                         {"name": name, "from": "a folder"})
+    if path.exists():
+        return DataFiles([path], {"name": name, "from": "a file"})
+    if pattern:
+        files = [Path(file) for file in sorted(glob(os.path.expanduser(name)))]
+        if not files:
+            raise UserError(f"{name}: no file has such a name")
+        return DataFiles(files, {"name": name, "from": "files"})
+    if of_split := re.fullmatch(r"(.+):([\w./-]+)", name):
+        return _find_data(*of_split.groups())
+    found = _from_hub(name, "dataset", {**HUB_DATA, "quickstart": None}, split)
+    files = [p.relative_to(found.path).as_posix() for p in found.path.rglob("*") if p.is_file()]
+    return DataFiles([found.path / file for file in shards(name, files, split)], found.origin)
 
 
-def _data_file(repo, names):
-    """The one file of a dataset that holds its training records."""
-    files = [name for name in names if name.endswith((".jsonl", ".json", ".parquet"))]
-    chosen = files if len(files) == 1 else [name for name in files if "train" in name]
-    if len(chosen) != 1:
-        raise UserError(f"the dataset {repo} has {len(files)} data files ({', '.join(files[:5])} "
-                        "...): download the one you want and name it with --data")
-    return chosen[0]
+def shards(name, files, split):
+    """The files of a data set that hold one split: those named train, or neither train nor test.
+
+    >>> shards("a set", ["train-00000-of-00002.parquet", "test.parquet",
+    ...                  "train-00001-of-00002.parquet"], "train")
+    ['train-00000-of-00002.parquet', 'train-00001-of-00002.parquet']
+    """
+    parts = {}  # data/train: [data/train-00000-of-00002.parquet, ...]
+    for file in sorted(files):
+        if rows.format_of(Path(file)) and "dataset_info" not in file:
+            stem = file[:re.search(r"(?i)\.(jsonl?|csv|parquet)(\.gz)?$", file).start()]
+            parts.setdefault(re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?$", "", stem), []).append(file)
+
+    def named(*words):
+        return [part for part in parts for word in words
+                if re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", part.lower())]
+    exact = [part for part in parts if split in (part, part.rpartition("/")[2])]
+    chosen = exact if len(exact) == 1 else named(split)
+    if not chosen and split == "train":
+        chosen = [part for part in parts if part not in named(*SPLITS)]
+    elif len(chosen) > 1:
+        raise UserError(f"{name} has several parts: choose one, as --data {name}:{chosen[0]} "
+                        f"({', '.join(chosen[1:6])})")
+    found = [file for part in chosen for file in parts[part]]
+    if not found:
+        raise UserError(f"{name} has no data file for {split!r} (it has {', '.join(parts) or 'none'}"
+                        f"; {', '.join(rows.FORMATS)} are read)")
+    count = re.search(r"-of-(\d+)", found[0])
+    if count and len(chosen) == 1 and int(count[1]) != len(found):
+        raise UserError(f"{name}: {len(found)} of the {int(count[1])} shards of {chosen[0]} are here")
+    return found
 
 
-def _from_hub(name, kind, known):
+def _from_hub(name, kind, known, split="train"):
     """A model or dataset (`kind`) of the Hub -> Found, its path a snapshot of the files needed.
 
     The Hub's cache, token, HF_ENDPOINT and HF_HUB_OFFLINE work as in every program that
@@ -97,7 +158,7 @@ def _from_hub(name, kind, known):
         from huggingface_hub import HfApi, snapshot_download
         with ThreadPool(1) as pool:  # neither a slow name server nor a mute proxy may hang us
             info = pool.apply_async(HfApi().repo_info, [repo], {"repo_type": kind}).get(PATIENCE)
-        needed = needed or [_data_file(repo, [sibling.rfilename for sibling in info.siblings])]
+        needed = needed or shards(name, [file.rfilename for file in info.siblings], split)
         folder = snapshot_download(repo, repo_type=kind, allow_patterns=needed)
     except UserError:
         raise

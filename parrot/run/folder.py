@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.config import TrainConfig
-from parrot.files.hub import MODEL_FILES, Found
+from parrot.files.hub import MODEL_FILES, DataFiles, Found
 from parrot.run import card, report
 from parrot.system.console import UserError, say
 from parrot.system.disk import flush, read_json, replace_file, sha256_of, write_json
@@ -41,12 +41,13 @@ class Progress:
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtype, more):
+def describe(config: TrainConfig, weights: Found, data: DataFiles, dtype: torch.dtype, more):
     """What run.json says of a run: enough to repeat it, and to notice that another one differs.
 
     It may be published, so it names the files, but not the folders of this machine.
     """
-    names = {"weights": public_name(weights), "data": public_name(data)}
+    names = {"weights": public_name(weights), "data": public_name(data),
+             "val_data": config.val_data and Path(config.val_data).name}
     paths = {path for pattern in MODEL_FILES for path in weights.path.glob(pattern)}
     files = {path.name: sha256_of(path) for path in sorted(paths) if path.is_file()}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
@@ -54,14 +55,17 @@ def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtyp
         "config": {**asdict(config), **names, "out": Path(config.out).name},
         "dtype": str(dtype).removeprefix("torch."),
         "weights": {**weights.origin, "name": names["weights"], "files": files},
-        "data": {**data.origin, "name": names["data"], "sha256": sha256_of(data.path)},
+        "data": {**data.origin, "name": names["data"], 
+                 "files": {path.name: sha256 for path, sha256 in data.hashes.items()}},
         "versions": {"python": platform.python_version(), **versions},
         "machine": f"{platform.system()} {platform.machine()}", **more, "finished": False}
-    path, name = (json.dumps(str(path))[1:-1] for path in (data.path, data.path.name))
-    return json.loads(json.dumps(about).replace(path, name))  # `more` may quote it
+    text = json.dumps(about)
+    for path in data.files:  # `more` may quote it
+        text = text.replace(json.dumps(str(path))[1:-1], json.dumps(path.name)[1:-1])
+    return json.loads(text)
 
 
-def public_name(found: Found):
+def public_name(found: Found | DataFiles):
     """The name of weights or data without the folders of this machine; a Hub id stays whole."""
     name = found.origin["name"]
     return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
@@ -71,7 +75,7 @@ def check_same(path, now):
     """UserError naming the first thing that a resumed run must not change but does."""
     before = read_json(path)
     with report.contents_of(path):
-        pairs = [("the data's sha256", before["data"]["sha256"], now["data"]["sha256"]),
+        pairs = [("the data's sha256", before["data"]["files"], now["data"]["files"]),
                  ("the weights' sha256", before["weights"]["files"], now["weights"]["files"]),
                  ("--dtype", before.get("dtype"), now.get("dtype"))]
         for field in fields(TrainConfig):

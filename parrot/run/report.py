@@ -40,9 +40,9 @@ def render(folder):
     with contents_of(folder / "evaluation.json") as path:
         page["evaluation"] = rows(read_if_there(path).get("table", []))
     with contents_of(folder / "run.json"):
-        files, notes = about["weights"]["files"], about["notes"]
+        files = about["weights"]["files"] | about["data"]["files"]
         page |= {"hashes": rows([f"sha256 of {name}", files[name]] for name in files),
-                 "categories": text(notes["categories"]), "told": text("; ".join(notes["told"])),
+                 "told": text("; ".join(about["notes"])),
                  "out": text(about["config"]["out"])}
         return PAGE.substitute({name: text(value) for name, value in about.items()} | page)
 

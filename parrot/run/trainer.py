@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 import time
+from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -15,7 +16,14 @@ from parrot.assistant import Assistant
 from parrot.attention import Ribbon
 from parrot.chat import spans_of
 from parrot.config import TrainConfig
-from parrot.data import Batch, examples_of_step, load_examples, micro_batches, steps_per_epoch
+from parrot.data import (
+    Batch,
+    examples_of_step,
+    load_examples,
+    micro_batches,
+    questions,
+    steps_per_epoch,
+)
 from parrot.fast import memory
 from parrot.fast.compiling import compile_blocks
 from parrot.files import hub
@@ -40,13 +48,14 @@ class Trainer:
             memory.keep_freed()  # before the first tensor
         with self.processes.one_after_the_other():  # the first downloads and tokenises
             data, weights = hub.find_data(config.data), hub.find_weights(config.weights)
+            val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
-            self.train_set, self.val_set, self.notes = load_examples(
-                data.path, self.tokenizer, config.max_length, config.val_fraction,
-                config.skip_bad_records)
+            self.train_set, self.val_set, told = load_examples(
+                data, self.tokenizer, config.max_length, config.val_fraction, val_data=val_data,
+                skip_bad=config.skip_bad_records, max_examples=config.max_examples)
         longest, context = self.train_set.lengths.max(), self.model.config.max_position_embeddings
         if longest > context:
-            raise UserError(f"{data.path} has an example of {longest} tokens, but the context of "
+            raise UserError(f"{data.origin['name']} has an example of {longest} tokens, but the context of "
                             f"{config.weights} holds {context}: set --max-length {context}")
         self.max_tokens = config.micro_batch_tokens or tokens_per_forward(self.model, self.dtype)
         self.steps_per_epoch = steps_per_epoch(self.train_set, config.batch_size)
@@ -58,15 +67,15 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
             f"{self.total_steps} steps on {device}, up to {self.max_tokens} tokens in a forward"
-            f"{', compiled' if compiled else ''}", *self.notes["told"])
+            f"{', compiled' if compiled else ''}", *told)
         about = describe(config, weights, data, self.dtype, {
-            "examples": len(self.train_set), "held_out": len(self.val_set), "notes": self.notes,
+            "examples": len(self.train_set), "held_out": len(self.val_set), "notes": told,
             "longest": int(longest), "device": str(device), "compiled": compiled,
             "processes": self.processes.size, "micro_batch_tokens": self.max_tokens,
             "steps": self.total_steps})
         self.progress = Progress()
         self.prompts = [[{"role": "user", "content": question}] for question in config.ask or ()]
-        self.prompts += self.notes["prompts"]
+        self.prompts += islice(questions(self.val_set, self.tokenizer), 3)
         if config.dry_run:
             return
         with self.processes.one_after_the_other():

@@ -31,8 +31,9 @@ def parse(config_class, argv, description):
             parser.add_argument(flag, action="store_true", help=help)
         elif setting.type == list[str]:  # has to be given, so it stands without a flag
             parser.add_argument(setting.name, nargs="+", metavar="MODEL", help=help)
-        elif setting.type == list[str] | None:
-            parser.add_argument(flag, nargs="+", metavar="NAME", help=help)
+        elif setting.type in (list[str] | None, list[str] | str):
+            parser.add_argument(flag, nargs="+", metavar="NAME", help=help,
+                                default=setting.default)
         else:
             kind = (typing.get_args(setting.type) or [setting.type])[0]  # int of int | None
             parser.add_argument(flag, type=_bounded(kind, setting.metadata["bounds"]), help=help,

@@ -51,7 +51,7 @@ def weights_folder():
 
 def examples_of_steps(args):
     """The examples of the first steps: [(tokens, is_target)]."""
-    data = hub.find_data(args.data).path
+    data = hub.find_data(args.data)
     examples, _, _ = load_examples(data, Tokenizer(weights_folder()), 2048, 0.0)
     return [examples[index] for step in range(args.steps)
             for index in examples_of_step(step, examples, 64, 0)]

@@ -112,7 +112,7 @@ def check_replay(model):
 def check_all(folder, data, device):
     """All checks, and the speed of writing."""
     model, tokenizer = assistant.load(folder, torch.bfloat16, device)
-    examples, _, _ = load_examples(data, tokenizer, 2048, 0.02)
+    examples, _, _ = load_examples(hub.find_data(data), tokenizer, 2048, 0.02)
     few = Examples.of([examples[index] for index in range(4)])
     good = [check_gradients(folder, few, device), check_attention(device), check_replay(model)]
     writer = Assistant.of("", model, tokenizer)
@@ -204,7 +204,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     args = parser.parse_args()
     args.weights = hub.find_weights(args.weights).path.resolve()
-    args.data = str(hub.find_data(args.data).path.resolve())
+    args.data = str(hub.find_data(args.data).files[0].resolve())
     device = torch.device(args.device)
     print(machine(device, torch.bfloat16), flush=True)
     is_good = check_all(args.weights, args.data, device)

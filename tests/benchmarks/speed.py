@@ -129,7 +129,7 @@ def measure(args):
 
     rate, peak = train(folder, args)
     unpacked = Assistant.load("", folder, dtype, device, writes=False)
-    examples, _, _ = load_examples(hub.find_data(args.data).path, unpacked.tokenizer, 2048, 0.0)
+    examples, _, _ = load_examples(hub.find_data(args.data), unpacked.tokenizer, 2048, 0.0)
     flop = flop_per_token(unpacked.model, examples.lengths.astype(float),
                           examples.is_target.mean())
     size = sum(parameter.nbytes for parameter in unpacked.model.parameters())

@@ -76,7 +76,7 @@ def train(args):
     device, dtype = pick(args.device, args.dtype)
     memory.keep_freed()
     model, tokenizer = assistant.load(hub.find_weights(args.weights).path, torch.float32, device)
-    examples, _, _ = load_examples(hub.find_data(args.data).path, tokenizer, 2048, 0.0)
+    examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
     max_tokens = tokens_per_forward(model, dtype)
     compiling.compile_blocks(model, "on", dtype, attention.Ribbon([256], device), num_tokens=0)
     optimizer = training.make_optimizer(model, TrainConfig())

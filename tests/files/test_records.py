@@ -3,48 +3,123 @@
 import json
 
 import pytest
-from conftest import some_records
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parrot.chat import encode_chat, text_of
 from parrot.data import load_examples
-from parrot.files.hub import QUICKSTART_DATA
-from parrot.files.records import read_conversations, to_messages
+from parrot.files.hub import QUICKSTART_DATA, find_data
+from parrot.files.records import read_conversations
 from parrot.system.console import UserError
 
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
-@pytest.mark.parametrize("record, expected", [
-    ({"instruction": "Q", "context": "", "response": "A", "category": "open_qa"}, [USER, REPLY]),
-    ({"instruction": "Q", "context": "C", "response": "A"}, [{**USER, "context": "C"}, REPLY]),
-    ({"instruction": "Q", "input": "C", "output": "A"}, [{**USER, "context": "C"}, REPLY]),
-    ({"instruction": "Q", "output": "A"}, [USER, REPLY]),
-    ({"prompt": "Q", "completion": "A"}, [USER, REPLY]),
-    ({"messages": [{"role": "system", "content": "S"}, USER, REPLY, USER, REPLY], "id": 7},
-     [{"role": "system", "content": "S"}, USER, REPLY, USER, REPLY])])
-def test_four_shapes_are_told_apart_by_their_keys(record, expected):
-    assert to_messages(record) == expected
+CASES = {  # a record of each shape: its turns, those in capitals are the targets
+    "Dolly": ({"instruction": "Where is Porto?", "context": "", "response": "PORTUGAL", "category": "open_qa"},
+              ["user: Where is Porto?", "assistant: PORTUGAL"]),
+    "Dolly with context": ({"instruction": "Name it.", "context": "Porto", "response": "PORTUGAL"},
+                           ["user: Name it.\n\nPorto", "assistant: PORTUGAL"]),
+    "Alpaca": ({"instruction": "Name it.", "input": "Porto", "output": "PORTUGAL"},
+               ["user: Name it.\n\nPorto", "assistant: PORTUGAL"]),
+    "between the two": ({"instruction": "Name it.", "input": "Porto", "response": "PORTUGAL"},
+                        ["user: Name it.\n\nPorto", "assistant: PORTUGAL"]),
+    "system and history": ({"instruction": "Its country?", "input": "", "output": "PORTUGAL", "system": "One word.",
+                            "history": [["A town?", "PORTO"]]},
+                           ["system: One word.", "user: A town?", "assistant: PORTO", "user: Its country?", "assistant: PORTUGAL"]),
+    "prompt, completion": ({"prompt": "Where?", "completion": "THERE"}, ["user: Where?", "assistant: THERE"]),
+    "prompt, response": ({"prompt": "Where?", "response": "THERE"}, ["user: Where?", "assistant: THERE"]),
+    "question, answer": ({"question": "Where?", "answer": "THERE"}, ["user: Where?", "assistant: THERE"]),
+    "query, response": ({"query": "Where?", "response": "THERE", "system": None}, ["user: Where?", "assistant: THERE"]),
+    "input, output": ({"input": "Where?", "output": "THERE"}, ["user: Where?", "assistant: THERE"]),
+    "with a system prompt": ({"id": "0", "system_prompt": "Briefly.", "question": "Where?", "response": "THERE"},
+                             ["system: Briefly.", "user: Where?", "assistant: THERE"]),
+    "an empty system prompt": ({"system_prompt": "", "question": "Where?", "response": "THERE"}, ["user: Where?", "assistant: THERE"]),
+    "TRL": ({"prompt": [{"role": "user", "content": "Where?"}], "completion": [{"role": "assistant", "content": "THERE"}]},
+            ["user: Where?", "assistant: THERE"]),
+    "TRL, several turns": (
+        {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hello"},
+                    {"role": "user", "content": "Where?"}], "completion": [{"role": "assistant", "content": "THERE"}]},
+        ["user: Hi", "assistant: hello", "user: Where?", "assistant: THERE"]),
+    "messages": ({"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "THERE"}], "id": 7},
+                 ["user: Where?", "assistant: THERE"]),
+    "ShareGPT": ({"id": "0", "conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "THERE"}]},
+                 ["user: Where?", "assistant: THERE"]),
+    "ShareGPT with a system key": (
+        {"system": "Briefly.", "conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "THERE"}]},
+        ["system: Briefly.", "user: Where?", "assistant: THERE"]),
+    "conversations of roles": (
+        {"conversations": [{"role": "user", "content": "Where?"}, {"role": "model", "content": "THERE"}]},
+        ["user: Where?", "assistant: THERE"]),
+    "LIMA": ({"conversations": ["Where?", "THERE", "Sure?", "YES"], "source": "x"},
+             ["user: Where?", "assistant: THERE", "user: Sure?", "assistant: YES"]),
+    "a bare array": ([{"role": "user", "content": "Where?"}, {"role": "bot", "content": "THERE"}],
+                     ["user: Where?", "assistant: THERE"]),
+    "a bare array of texts": (["Where?", "THERE"], ["user: Where?", "assistant: THERE"]),
+    "content in parts": (
+        {"messages": [{"role": "human", "content": [{"type": "text", "text": "Whe"}, {"type": "text", "text": "re?"}]},
+                      {"role": "gpt", "content": [{"type": "text", "text": "THERE"}]}]},
+        ["user: Where?", "assistant: THERE"]),
+    "developer": ({"messages": [{"role": "developer", "content": "Briefly."}, {"role": "user", "content": "Where?"},
+                                {"role": "assistant", "content": "THERE"}]},
+                  ["system: Briefly.", "user: Where?", "assistant: THERE"]),
+    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Where?"},
+                                           {"role": "assistant", "content": "THERE"}]},
+                             ["user: Where?", "assistant: THERE"]),
+    "system turns in the middle": (
+        {"messages": [{"role": "system", "content": "A."}, {"role": "system", "content": "B."}, {"role": "user", "content": "Where?"},
+                      {"role": "assistant", "content": "THERE"}, {"role": "system", "content": "C."},
+                      {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "YES"}]},
+        ["system: A.", "system: B.", "user: Where?", "assistant: THERE", "system: C.", "user: Sure?", "assistant: YES"]),
+    "weight 0": ({"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "draft", "weight": 0},
+                               {"role": "user", "content": "Look."}, {"role": "assistant", "content": "THERE", "weight": 1}]},
+                 ["user: Where?", "assistant: draft", "user: Look.", "assistant: THERE"]),
+    "train false": ({"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "draft", "train": False},
+                                  {"role": "user", "content": "Look."}, {"role": "assistant", "content": "THERE", "train": True}]},
+                    ["user: Where?", "assistant: draft", "user: Look.", "assistant: THERE"])}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_shape_becomes_turns_and_targets(name, tmp_path, tokenizer):
+    record, turns = CASES[name]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record))
+    conversations = list(read_conversations(path))
+    assert len(conversations) == 2
+    for conversation in conversations:
+        assert [f"{m['role']}: {text_of(m)}" for m in conversation.messages] == turns
+        tokens, is_target = encode_chat(conversation.messages, tokenizer)
+        learned = tokenizer.decode_with_control(token for token, flag in zip(tokens, is_target) if flag)
+        replies = [turn.split(": ")[1] for turn in turns if turn.startswith("assistant: ")]
+        assert learned == "".join(f"{reply}<|im_end|>" for reply in replies if reply.isupper())
 
 
 BAD = [
-    ("{", "not JSON"), ("[1]", "not a JSON object but a list"),
-    ('"text"', "not a JSON object but a str"),
-    ("{}", "its keys are none; expected instruction and response"),
-    ('{"question": "Q", "answer": "A"}', "its keys are answer, question"),
+    ("{", "not JSON"), ("[1]", "messages is [1], expected a list of turns"),
+    ('"text"', "not a JSON object but 'text'"),
+    ("{}", "its keys are none; expected a list of turns"),
+    ('{"text": "Q", "label": "A"}', "its keys are label, text; expected"),
+    ('{"prompt": "Q", "chosen": "A", "rejected": "B"}', "its keys are chosen, prompt, rejected; expected"),
     ('{"instruction": "Q", "response": ""}', "response is '', expected text"),
     ('{"instruction": " \\n", "response": "A"}', "instruction is ' \\n', expected text"),
     ('{"instruction": "Q", "response": 7}', "response is 7, expected text"),
     ('{"instruction": null, "response": "A"}', "instruction is None, expected text"),
     ('{"instruction": "Q", "context": ["C"], "response": "A"}', "context is ['C'], expected text"),
     ('{"prompt": "Q", "completion": "\\ud800"}', "half of a surrogate pair"),
-    ('{"messages": "Q"}', "messages is not a list of objects"),
-    ('{"messages": []}', "nothing to learn"),
-    ('{"messages": [{"role": "user", "content": "Q"}]}', "nothing to learn"),
-    ('{"messages": [{"role": "robot", "content": "Q"}]}', "message 1: role is 'robot'"),
-    ('{"messages": [{"role": "user", "content": "Q"}, {"role": "system", "content": "S"}]}',
-     "message 2: a system turn"),
-    ('{"messages": [{"role": "user", "content": ""}]}', "message 1: content is ''"),
+    ('{"messages": "Q"}', "messages is 'Q', expected a list of turns"),
+    ('{"messages": [], "conversations": 7}', "conversations is 7, expected a list of turns"),
+    ('{"messages": [{"role": "user", "content": "Q"}]}', "no reply to learn"),
+    ('{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]}', "no reply to learn"),
+    ('{"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}', "weight is 0.5, expected 0 or 1"),
+    ('{"messages": [{"role": "robot", "content": "Q"}]}', "turn 1 of messages: role is 'robot'"),
+    ('{"messages": [{"role": ["user"], "content": "Q"}]}', "turn 1 of messages: role is ['user']"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "content of turn 1 of messages is '', expected text"),
+    ('{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}',
+     "turn 2 of messages: tool calls cannot be trained"),
+    ('{"messages": [{"role": "tool", "content": "Q"}]}', "turn 1 of messages: tool calls cannot be trained"),
+    ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": "x"}]}]}',
+     "part 2 is 'image_url', only text can be trained"),
+    ('{"messages": [{"role": "user", "content": ["Q"]}]}', "part 1 is 'Q', only text can be trained"),
     ("[" * 100_000, "not JSON: maximum recursion depth")]
 
 
@@ -55,6 +130,16 @@ def test_a_bad_line_is_named_with_file_line_and_fault(line, fault, tmp_path):
     with pytest.raises(UserError) as caught:
         list(read_conversations(path))
     assert f"{path}:3: " in str(caught.value) and fault in str(caught.value)
+    assert "(--skip-bad-records leaves it out)" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ['{"text": "Q"}', "{", '{"prompt": "Q", "chosen": "A"}', "{}"])
+def test_a_file_of_another_kind_is_not_to_be_skipped(line, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + "\n" + line + "\n")
+    with pytest.raises(UserError) as caught:
+        list(read_conversations(path))
+    assert f"{path}:1: " in str(caught.value) and "skip" not in str(caught.value)
 
 
 def test_bad_lines_can_be_left_out(tmp_path):
@@ -64,39 +149,13 @@ def test_bad_lines_can_be_left_out(tmp_path):
     bad = []
     sources = [conversation.source for conversation in read_conversations(path, bad)]
     assert sources == [f"{path}:1", f"{path}:{len(BAD) + 2}"]
-    assert len(bad) == len(BAD) and bad[0].startswith(f"{path}:2: not JSON")
+    assert len(bad) == len(BAD) and bad[0][0] == 2 and bad[0][1].startswith("not JSON")
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"prompt": "Q\xff", "completion": "A"}\n')
     with pytest.raises(UserError, match="bad.jsonl:1: not JSON: .*utf-8.* in position 13"):
-        list(read_conversations(path))
-
-
-@pytest.mark.parametrize("encode", [
-    lambda records: "".join(json.dumps(r) + "\n" for r in records).encode(),
-    lambda records: b"\xef\xbb\xbf" + "\r\n".join(json.dumps(r) for r in records).encode(),
-    lambda records: json.dumps(records, indent=1).encode(),
-    lambda records: b"\xef\xbb\xbf\n " + json.dumps(records).encode()])
-def test_lines_and_arrays_with_and_without_byte_order_mark(encode, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_bytes(encode(some_records(5)))
-    assert messages_in(path) == [to_messages(record) for record in some_records(5)]
-
-
-def messages_in(path):
-    return [conversation.messages for conversation in read_conversations(path)]
-
-
-def test_parquet(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-    path = tmp_path / "data.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(some_records(5)), path)
-    assert messages_in(path) == [to_messages(record) for record in some_records(5)]
-    path.write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="not a Parquet file"):
         list(read_conversations(path))
 
 
@@ -124,7 +183,7 @@ def test_any_json_is_a_message_or_a_data_set(records, tmp_path_factory, tiny_tok
     path.write_text("\n".join(map(json.dumps, records)))
     for skip in (False, True):
         try:
-            load_examples(path, tiny_tokenizer, 30, 0.5, skip)
+            load_examples(find_data(path), tiny_tokenizer, 30, 0.5, skip_bad=skip)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -136,7 +195,7 @@ def test_any_text_is_learned_or_named(contents, tmp_path_factory, tiny_tokenizer
                 for number, text in enumerate(contents)]
     path.write_text(json.dumps({"messages": messages}))
     try:
-        train, _, _ = load_examples(path, tiny_tokenizer, 40, 0.0)
+        train, _, _ = load_examples(find_data(path), tiny_tokenizer, 40, 0.0)
     except UserError as error:
         assert str(path) in str(error)
     else:
@@ -157,8 +216,8 @@ def test_a_line_of_50_megabytes_is_no_conversation(tmp_path):
 
 def test_a_conversation_of_100_000_turns_is_left_out(records_file, tiny_tokenizer):
     path = records_file([{"messages": [USER, REPLY] * 50_000}, {"messages": [USER, REPLY]}])
-    train, _, notes = load_examples(path, tiny_tokenizer, 100, 0.0)
-    assert train.numbers.tolist() == [2] and notes["told"][0].startswith("1 left out: longer")
+    train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0)
+    assert train.source(0) == f"{path}:2" and told[0].startswith("1 left out: longer")
 
 
 def test_missing_files_and_folders(tmp_path):
