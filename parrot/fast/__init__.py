@@ -4,7 +4,7 @@ The lesson's files hold the plain form of every idea. Each file here begins by n
 function that it replaces, why it is faster, what it gained where, and the test that holds the two
 equal. The lesson reaches each in one place, marked with `if fast.enabled`.
 
-`enabled` is a switch like torch.backends.cudnn.enabled: the programs set it once, from --plain.
+The programs set `enabled` once, from --plain.
 """
 
 enabled = True

@@ -16,21 +16,19 @@ def cache_dtype(model):
 
 
 class FastStep:
-    """What attention.Step is and does."""
+    """As attention.Step."""
 
     def __init__(self, cache, positions):
         self.cache, self.positions = cache, positions  # (B,)
-        longest, same = cache.keys.shape[3], False
-        if positions.device.type == "cpu":  # a GPU has to be asked, and a graph needs fixed shapes
+        device, longest = positions.device, cache.keys.shape[3]
+        if device.type == "cpu":  # a GPU would be waited for, and a graph needs fixed shapes
             longest = int(positions.max()) + 1
-            same = int(positions.min()) + 1 == longest
-        if same:  # as with replies to one prompt: nothing lies beyond the new tokens
+        rows = torch.arange(len(positions), device=device)
+        places = torch.arange(longest, device=device)
+        self.index = (rows, slice(None), positions)
+        self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
+        if device.type == "cpu" and self.visible.all():  # as with replies to one prompt
             self.index, self.visible = (slice(None), slice(None), longest - 1), None
-        else:
-            rows, places = (torch.arange(n, device=positions.device)
-                            for n in (len(positions), longest))
-            self.index = (rows, slice(None), positions)
-            self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
         # All layers at once: 30 slices take longer.
         self.keys = cache.keys[:, :, :, :longest].unbind()
         self.values = cache.values[:, :, :, :longest].unbind()
@@ -45,10 +43,9 @@ class FastStep:
 
 
 def without_ended(cache, rows, tokens, ended):
-    """Once half of the rows have ended, go on without them: (rows, tokens) that are left.
+    """Once half of the rows (B,) are in the set `ended`: the rows and tokens (B',) of the others.
 
-    rows (B,) of the cache and their tokens (B,); ended: a set of rows. A graph on a GPU needs
-    fixed shapes, so there all stay.
+    A graph on a GPU needs fixed shapes, so there all stay.
     """
     running = [i for i, row in enumerate(rows.tolist()) if row not in ended]
     if cache.keys.device.type == "cuda" or 2 * len(running) > len(rows):

@@ -16,22 +16,18 @@ class CapturedStep:
 
     def __call__(self, model, cache, tokens):
         if self.graph is None:
-            self.model, self.cache = model, cache
-            self._capture(tokens)
+            self._capture(model, cache, tokens)
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
 
-    def _capture(self, tokens):
+    def _capture(self, model, cache, tokens):
         self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
-        filled, side = self.cache.filled.clone(), torch.cuda.Stream()
+        filled, side = cache.filled.clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a first run sets up what may not be recorded
-            self._step()
+            model.logits(model(self.tokens, cache.step()))
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self._step()
-        self.cache.filled.copy_(filled)  # nothing was written yet
-
-    def _step(self):
-        return self.model.logits(self.model(self.tokens, self.cache.step()))
+            self.logits = model.logits(model(self.tokens, cache.step()))
+        cache.filled.copy_(filled)  # nothing was written yet

@@ -17,9 +17,8 @@ EARNED_BACK = {"cpu": 500_000, "cuda": 500_000, "mps": float("inf")}
 def compile_blocks(model, choice, dtype, ribbon, num_tokens):
     """Let training run compiled blocks; returns whether it will.
 
-    choice: "on" (UserError if it does not work), "off", or "auto": if it works and the run is long.
-    ribbon: always of one size, since the first one shapes the code, and a resumed run must compute
-    to the same bits.
+    choice: on (UserError if it does not work), off, or auto: if it works and the run is long.
+    ribbon: always of one size: the first one shapes the code, and a resumed run needs the same.
     """
     if choice == "off" or (choice == "auto" and num_tokens < EARNED_BACK[model.device.type]):
         return False
@@ -30,7 +29,7 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
         with autocast(model.device, dtype):
             model(tokens, ribbon).sum().backward()
     except Exception as error:  # no C++ compiler, no Triton: every backend has its own errors
-        reason = f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+        reason = f"torch.compile does not work here: {error!r:.200}"
         if choice == "on":
             raise UserError(f"--compile on: {reason}") from None
         say(f"{reason} (training goes on without, a little slower)")
@@ -43,6 +42,6 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
 
 
 def _compiled_in_training(forward):
-    """Evaluation and sampling stay plain: they would wait for compiled code of their own."""
+    """Evaluation and sampling stay plain: they would trigger extra compilations."""
     compiled = torch.compile(forward, dynamic=True)  # dynamic: for ribbons of any length
     return lambda *args: (compiled if torch.is_grad_enabled() else forward)(*args)

@@ -9,22 +9,18 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def _libc():
-    """The C library, where its malloc is glibc's."""
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+IS_GLIBC = hasattr(LIBC, "malloc_trim")
 
 
 def keep_freed():
     """From now on, keep freed memory for the next tensor."""
-    if libc := _libc():
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if IS_GLIBC:
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back():
     """Return to the kernel what is free."""
-    if libc := _libc():
-        libc.malloc_trim(0)
+    if IS_GLIBC:
+        LIBC.malloc_trim(0)

@@ -24,13 +24,15 @@ class FastAttention:
         if device.type == "cpu" and max(lengths) <= tiles.LONGEST:
             self.tiles = tiles.Tiles(lengths)
         elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-            self.seams = send(seams(lengths), device)
+            seams = torch.tensor([0, *lengths]).cumsum(0)  # where each begins, the end of the last
+            self.seams = send(seams.to(torch.int32), device)
 
     def attend(self, q, k, v):
         """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         if self.tiles:
             return self.tiles.attend(q, k, v)
-        if self.seams is not None and varlen_takes(q):
+        D = q.shape[-1]
+        if self.seams is not None and q.dtype == torch.bfloat16 and D % 8 == 0 and D <= 256:
             return varlen(q, k, v, self.seams, max(self.lengths))
         return document_by_document(q, k, v, self.lengths)
 
@@ -43,24 +45,8 @@ def document_by_document(q, k, v, lengths):
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)
 
 
-# ---- torch's variable-length flash attention
-
-def varlen_takes(q):
-    """Whether the kernel knows this type and this size of heads."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-def seams(lengths):
-    """Lengths of documents -> where each begins, and the end of the last (documents + 1,).
-
-    >>> seams([3, 2])
-    tensor([0, 3, 5], dtype=torch.int32)
-    """
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
 def varlen(q, k, v, seams, longest):
-    """All documents in one call: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    """torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn  # late: a second that a CPU need not wait
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
     return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))

@@ -22,8 +22,7 @@ def cut(lengths):
     >>> cut([100, 60, 300])  # two together; then one in halves, the second with the first's keys
     [(0, 0, 160), (160, 160, 310), (160, 310, 460)]
     """
-    tiles, start = [], 0
-    room = 0  # for queries in the last tile
+    tiles, start, room = [], 0, 0  # room: for queries in the last tile
     for length in lengths:
         end = start + length
         if length <= room:
@@ -44,8 +43,7 @@ class Tiles:
 
     def __init__(self, lengths):
         self.document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.places = cut(lengths)
-        self.masks = {}  # by dtype, made once for all layers
+        self.places, self.masks = cut(lengths), {}  # masks by dtype, made once for all layers
 
     @torch.compiler.disable
     def attend(self, q, k, v):
@@ -58,9 +56,8 @@ class Tiles:
     def _mask(self, key, query, end, dtype):
         """(n, 1, m): minus infinity where a key is later or of another document, else 0."""
         visible = self.document[query:end, None] == self.document[key:end]
-        visible = visible.tril(query - key)
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -math.inf)
-        return mask[:, None]
+        mask = torch.where(visible.tril(query - key), 0.0, -math.inf)
+        return mask.to(dtype)[:, None]
 
 
 class _Attention(torch.autograd.Function):

@@ -22,8 +22,7 @@ def parse(config_class, argv, description):
     """Build `config_class` from a command line. A wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for setting in fields(config_class):
-        flag = "--" + setting.name.replace("_", "-")
-        choices = setting.metadata["choices"]
+        flag, choices = "--" + setting.name.replace("_", "-"), setting.metadata["choices"]
         help = setting.metadata["help"].replace("%", "%%")
         if setting.default is not None and setting.default is not False:
             help += f" (default {setting.default})"
@@ -44,8 +43,7 @@ def parse(config_class, argv, description):
         parser.set_defaults(**config_class.QUICKSTART)
         args = parser.parse_args(argv)
     config = config_class(**vars(args))
-    contradictions = config.contradictions() if hasattr(config, "contradictions") else {}
-    for fault, is_so in contradictions.items():
+    for fault, is_so in getattr(config, "contradictions", dict)().items():
         if is_so:
             parser.error(fault)
     return config

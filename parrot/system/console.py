@@ -10,7 +10,7 @@ import time
 import unicodedata
 from itertools import zip_longest
 
-# On a CPU torch has no exception class for these. The last two come from oneDNN and from C++.
+# On a CPU torch has no exception class for these, some of which come from oneDNN and from C++.
 NO_MEMORY = "out of memory|can't allocate memory|could not create a primitive|std::bad_alloc"
 
 
@@ -26,8 +26,7 @@ class _Stream:
     """stdout or stderr, flushed at every write. If nobody reads it any more, only stdout fails."""
 
     def __init__(self, stream, fails):
-        self.stream = stream or open(os.devnull, "w")  # None: closed (2>&-)
-        self.fails = fails
+        self.stream, self.fails = stream or open(os.devnull, "w"), fails  # None: closed (2>&-)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -55,8 +54,7 @@ def run_program(main):
             stream.reconfigure(errors="replace")
     sys.stdout, sys.stderr = _Stream(sys.stdout, fails=True), _Stream(sys.stderr, fails=False)
     try:
-        main()
-        return
+        return main()
     except BrokenPipeError:  # `| head`: what shells show for it, 128 + SIGPIPE
         sys.exit(141)
     except Interrupted as error:
@@ -66,8 +64,8 @@ def run_program(main):
     except UserError as error:
         line, status = f"error: {error}", 1
     except OSError as error:  # a disk, a folder or a pipe that refuses
-        reason = error.strerror or error
-        line, status = f"error: {error.filename or 'input or output'}: {reason}", 1
+        place = error.filename or "input or output"
+        line, status = f"error: {place}: {error.strerror or error}", 1
     except Exception as error:
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise  # a fault of this project
@@ -82,8 +80,7 @@ def run_program(main):
 class StopSignal:
     """Notes Ctrl-C, SIGTERM or a hang-up: `status` turns from None to what to exit with.
 
-    The handler may interrupt a print, so a thread tells the user. A second signal raises
-    KeyboardInterrupt at once.
+    The handler may interrupt a print, so a thread tells the user. The second signal ends all.
     """
 
     def __enter__(self):

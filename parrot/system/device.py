@@ -36,19 +36,18 @@ def multiplies_bfloat16(device):
     """Whether the device has bfloat16 units. On a CPU without, a matmul is 400 times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        units = ("avx512_bf16", "amx_bf16", "bf16")  # the last is ARM's
-        return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
-    return True
+    if device.type == "mps":
+        return True
+    has, units = torch.cpu.get_capabilities(), ("avx512_bf16", "amx_bf16", "bf16")  # bf16: ARM's
+    return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
 
 
 def tokens_per_forward(model, dtype):
     """The token budget of one forward: what the memory holds, up to where more no longer pays."""
     if model.device.type != "cuda":
         return 1536  # on two cores 2048 took a fifth more memory, 1024 was 2% slower
-    # An estimate, not seen on a GPU yet: weights, gradients and two moments in float32, 1 GB for
-    # logits, and for each token some 35 numbers of every layer's width.
+    # An estimate: weights, gradients and two moments in float32, 1 GB for logits, and for each
+    # token some 35 numbers of every layer's width.
     fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9
     per_token = 35 * model.config.num_hidden_layers * model.config.hidden_size * dtype.itemsize
     spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed

@@ -13,8 +13,7 @@ from parrot.system.console import UserError
 def read_json(path):
     """A file that holds a JSON object; UserError where it does not."""
     try:
-        with open_to_read(path) as file:
-            content = json.loads(file.read().decode("utf-8"), parse_int=_integer)
+        content = json.loads(open_to_read(path).read().decode("utf-8"), parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -60,8 +59,8 @@ def replace_text(path, text):
 def replace_file(path, write):
     """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
 
-    Even at a power cut, `path` is the old file or the new one. No symbolic link can wait under
-    the temporary name, which is random.
+    Even at a power cut, `path` is the old file or the new one. The temporary name is random, so no
+    symbolic link can wait there.
     """
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed

@@ -31,8 +31,7 @@ class Processes:
     def __init__(self):
         self.rank, self.size, local_rank = torchrun_place()
         if self.size > 1:
-            gpus = torch.cuda.device_count()
-            if gpus:
+            if gpus := torch.cuda.device_count():
                 torch.cuda.set_device(local_rank % gpus)
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 

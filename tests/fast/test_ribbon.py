@@ -1,6 +1,7 @@
 """Which kernel takes a ribbon, and the GPU's kernel played by brute force: no GPU is needed for that."""
 
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -22,16 +23,26 @@ def brute_force(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
     return torch.einsum("hnm,mhd->nhd", weights, v.float()).to(q.dtype)
 
 
-def test_the_kernel_is_called_as_its_signature_wants(monkeypatch):
+@pytest.fixture
+def modern_gpu(monkeypatch):
+    """A GPU that has the kernel, by brute force; what is sent to it stays where it is."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", mock.Mock(side_effect=brute_force))
+    monkeypatch.setattr(ribbon, "send", lambda tensor, device: tensor)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    return lambda: torch.nn.attention.varlen.varlen_attn.called
+
+
+@pytest.mark.parametrize("size, dtype, is_called", [
+    (8, torch.bfloat16, True), (256, torch.bfloat16, True), (12, torch.bfloat16, False),
+    (320, torch.bfloat16, False), (8, torch.float32, False)])
+def test_the_kernel_is_called_as_its_signature_wants_where_it_knows_type_and_size(size, dtype, is_called, modern_gpu):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(17, heads, 8).bfloat16() for heads in (6, 2, 2))
-    expected = Ribbon([5, 1, 11]).attend(0, q, k, v)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", brute_force)
-    found = ribbon.varlen(q, k, v, ribbon.seams([5, 1, 11]), 11)
-    assert torch.allclose(found.float(), expected.float(), atol=3e-2)
-    assert not ribbon.varlen_takes(torch.zeros(1, 2, 12).bfloat16())
-    assert not ribbon.varlen_takes(torch.zeros(1, 2, 320).bfloat16())
-    assert not ribbon.varlen_takes(q.float())
+    q, k, v = (torch.randn(17, heads, size).to(dtype) for heads in (6, 2, 2))
+    attention = ribbon.FastAttention([5, 1, 11], "cuda")
+    assert attention.seams.tolist() == [0, 5, 6, 17]
+    found = attention.attend(q, k, v)
+    assert modern_gpu() == is_called
+    assert torch.allclose(found.float(), Ribbon([5, 1, 11]).attend(0, q, k, v).float(), atol=3e-2)
 
 
 def test_this_torch_has_the_signature_that_we_use():
