@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from parrot.system.command_line import option
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuation: see sampling.py
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
 DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "

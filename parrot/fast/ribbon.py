@@ -1,8 +1,8 @@
 """attention.Ribbon.attend, faster: which kernel takes the documents of a ribbon.
 
-    a CPU                                     tiles.py, documents of up to 2,048 tokens
-    CUDA, bfloat16, compute capability 8.0    torch's varlen_attn: all documents in one call
-    the rest                                  torch's own attention, a document at a time
+    a CPU                                       tiles.py, documents of up to 2,048 tokens
+    CUDA, 16 bits, compute capability 8.0       torch's varlen_attn: all documents in one call
+    the rest, and ROCm, where it was never run  torch's own attention, a document at a time
 
 A ribbon of 900 tokens, the real model forward and back on a core without bfloat16 units: 11.3 s and
 2.7 GB in tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
@@ -23,7 +23,8 @@ class FastAttention:
         device = torch.device(device)
         if device.type == "cpu" and max(lengths) <= tiles.LONGEST:
             self.tiles = tiles.Tiles(lengths)
-        elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        elif (device.type == "cuda" and not torch.version.hip
+              and torch.cuda.get_device_capability(device) >= (8, 0)):
             seams = torch.tensor([0, *lengths]).cumsum(0)  # where each begins, the end of the last
             self.seams = send(seams.to(torch.int32), device)
 
@@ -31,8 +32,11 @@ class FastAttention:
         """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         if self.tiles:
             return self.tiles.attend(q, k, v)
+        # As many key/value heads as query heads: with fewer, torch has no kernel for older cards
+        # that does without n x n weights.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
         D = q.shape[-1]
-        if self.seams is not None and q.dtype == torch.bfloat16 and D % 8 == 0 and D <= 256:
+        if self.seams is not None and q.dtype != torch.float32 and D % 8 == 0 and D <= 256:
             return varlen(q, k, v, self.seams, max(self.lengths))
         return document_by_document(q, k, v, self.lengths)
 
@@ -40,7 +44,7 @@ class FastAttention:
 def document_by_document(q, k, v, lengths):
     """torch's scaled_dot_product_attention on each document."""
     q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
-    outputs = [F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
+    outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
                for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)
 
@@ -48,5 +52,4 @@ def document_by_document(q, k, v, lengths):
 def varlen(q, k, v, seams, longest):
     """torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn  # late: a second that a CPU need not wait
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
     return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))

@@ -9,27 +9,42 @@ from parrot.system.distributed import torchrun_place
 
 
 def pick(device_name, dtype_name):
-    """--device, --dtype -> torch.device, torch.dtype: float32 where bfloat16 has no units."""
+    """--device, --dtype -> torch.device, torch.dtype; another type where bfloat16 has no units."""
     device = pick_device(device_name)
     if dtype_name == "bfloat16" and not multiplies_bfloat16(device):
-        say(f"{device} has no units that multiply bfloat16: computing in float32")
-        dtype_name = "float32"
+        is_older = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        dtype_name = "float16" if is_older else "float32"  # V100, T4: float16 units
+        say(f"{device} has no units that multiply bfloat16: computing in {dtype_name}")
     return device, getattr(torch, dtype_name)
 
 
 def pick_device(name):
-    """auto | cpu | cuda | mps -> torch.device; UserError where this machine has none."""
+    """auto | cpu | cuda | mps -> torch.device; UserError where this machine has none that works."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device in here if here[device])
-    if not here[name]:
+    chosen = next(device for device in here if here[device]) if name == "auto" else name
+    if not here[chosen]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has no {name}")
-    if name != "cuda":
-        return torch.device(name)
+    if chosen != "cuda":
+        return torch.device(chosen)
     (_, _, index), count = torchrun_place(), torch.cuda.device_count()  # each process its own GPU
     if index >= count:
         raise UserError(f"process {index} has no GPU of its own: this machine has {count}")
-    return torch.device(name, index)
+    device = torch.device(chosen, index)
+    if fault := fault_of(device):
+        if name == "cuda":
+            raise UserError(f"--device cuda: the GPU does not compute: {fault}")
+        say(f"the GPU does not compute ({fault}): computing on the CPU")
+        return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of the cache
+    return device
+
+
+def fault_of(device):
+    """Why a device cannot do a tiny sum, if so: torch may have no code for an old or new card."""
+    try:
+        return "" if torch.ones(1, device=device).add(1).item() == 2 else "1 + 1 is not 2 there"
+    except Exception as error:
+        return f"{error!s:.200}".splitlines()[0]
 
 
 def multiplies_bfloat16(device):
@@ -37,19 +52,24 @@ def multiplies_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
-        return True
+        return False  # causal attention in half precision saw the future there (pytorch#195910)
     has, units = torch.cpu.get_capabilities(), ("avx512_bf16", "amx_bf16", "bf16")  # bf16: ARM's
     return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
 
 
-def tokens_per_forward(model, dtype):
-    """The token budget of one forward: what the memory holds, up to where more no longer pays."""
+def tokens_per_forward(model, dtype, longest=0):
+    """The token budget of one forward: what the memory holds, up to where more no longer pays.
+
+    longest: of the documents, where attention keeps a weight for each pair of tokens (--plain).
+    """
     if model.device.type != "cuda":
         return 1536  # on two cores 2048 took a fifth more memory, 1024 was 2% slower
     # An estimate: weights, gradients and two moments in float32, 1 GB for logits, and for each
     # token some 35 numbers of every layer's width.
     fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9
-    per_token = 35 * model.config.num_hidden_layers * model.config.hidden_size * dtype.itemsize
+    config = model.config
+    per_token = 35 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    per_token += 12 * config.num_hidden_layers * config.num_attention_heads * longest
     spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed
     return int(min(16384, max(1024, spare / per_token)))
 

@@ -37,6 +37,35 @@ def test_without_units_it_is_float32_and_said(monkeypatch, capsys):
     assert pick("cpu", "float32") == (CPU, torch.float32) and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("capability, dtype", [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16),
+                                               ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_the_type_of_each_gpu(capability, dtype, monkeypatch, capsys):
+    monkeypatch.setattr(device, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert pick("auto", "bfloat16")[1] == dtype and pick("auto", "float32")[1] == torch.float32
+    assert (str(dtype).removeprefix("torch.") in capsys.readouterr().err) == (dtype != torch.bfloat16)
+
+
+def test_a_mac_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(device, "pick_device", lambda _: torch.device("mps"))
+    assert pick("auto", "bfloat16") == (torch.device("mps"), torch.float32)
+
+
+def test_a_gpu_that_torch_has_no_code_for(monkeypatch, capsys):
+    """Here no GPU computes, so the tiny sum fails, as on a card of another generation."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "fault_of", lambda _: "no kernel image is available")
+    assert pick_device("auto") == CPU and "no kernel image is available): computing on the CPU" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--device cuda: the GPU does not compute: no kernel image"):
+        pick_device("cuda")
+
+
+def test_the_tiny_sum():
+    assert device.fault_of(CPU) == ""
+    assert torch.cuda.is_available() or device.fault_of(torch.device("cuda", 0))
+
+
 def test_with_units_it_is_what_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: True)
     for name in ("bfloat16", "float32"):
@@ -53,6 +82,7 @@ def test_a_device_that_is_not_there():
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(device, "fault_of", lambda _: "")
     monkeypatch.setenv("WORLD_SIZE", "3"), monkeypatch.setenv("MASTER_ADDR", "localhost")
     for index in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(index))
