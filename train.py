@@ -13,7 +13,6 @@ import torch
 
 from parrot import fast
 from parrot.config import TrainConfig
-from parrot.run.dry_run import dry_run
 from parrot.run.trainer import Trainer
 from parrot.system.command_line import parse
 from parrot.system.console import run_program
@@ -25,7 +24,7 @@ def train(config: TrainConfig):
     fast.enabled = not config.plain
     run = Trainer(config)  # loads the model and the data, opens the run's folder
     if config.dry_run:
-        return dry_run(run)
+        return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes
 
     for step in run.steps():  # between two steps it evaluates, now and then

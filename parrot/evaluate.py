@@ -27,7 +27,7 @@ from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
 from parrot.files.tokenizer import Tokenizer
-from parrot.run import card, report
+from parrot.run import report
 from parrot.run.folder import public_name
 from parrot.sampling import replies
 from parrot.system.command_line import parse
@@ -285,7 +285,6 @@ def main():
     for folder in finished:  # show it there, too
         write_json(folder / "evaluation.json", {"table": [["", *names], *rows[1:]]})
         report.write(folder)
-        card.write(folder)
 
 
 def is_finished(folder, data_path, config: EvaluateConfig):

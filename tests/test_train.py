@@ -40,7 +40,7 @@ def config(tiny_folder, tmp_path, records_file):
 def metrics(folder):
     """metrics.jsonl without what time changes."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
 def weights_of(folder):
@@ -109,7 +109,7 @@ def test_what_the_run_folder_says(config, capsys):
     assert lines[1].keys() == {"step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens"}
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, about["steps"] + 1))
     assert lines[-1]["step"] == about["steps"] and "val_loss" in lines[-1]
-    assert not os.path.exists(os.path.join(c.out, "checkpoint"))
+    assert not os.path.exists(os.path.join(c.out, "checkpoint.safetensors"))
     told = capsys.readouterr().err
     assert "before training:" in told and "after training:" in told and "tokens/s" in told
 
@@ -170,7 +170,7 @@ def test_a_run_that_nobody_listens_to_any_more_is_saved(config, tmp_path):
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    assert process.wait() == 130 and os.listdir(os.path.join(c.out, "checkpoint"))
+    assert process.wait() == 130 and os.path.exists(os.path.join(c.out, "checkpoint.safetensors"))
 
 
 def test_a_home_that_the_shell_did_not_expand(config, tmp_path, monkeypatch):
@@ -273,15 +273,15 @@ def test_a_dry_run_tells_and_writes_nothing(config, capsys):
 def test_questions_of_ones_own_are_asked_before_and_after(config, capsys):
     c = config(ask=["How far is it?"], max_steps=1)
     train.train(c)
-    shown = json.load(open(os.path.join(c.out, "report.json")))
+    about = json.load(open(os.path.join(c.out, "run.json")))
     assert capsys.readouterr().err.count("  How far is it?  ->  ") == 2
-    assert all("How far is it?" in [question for question, *_ in shown[when]] for when in ("before", "after"))
+    assert all("How far is it?" in [question for question, _ in about[when]] for when in ("before", "after"))
 
 
 def test_a_run_that_keeps_nothing_leaves_no_weights(config):
     c = config(keep="no", save_every=1, max_steps=3)
     train.train(c)
-    assert sorted(os.listdir(c.out)) == ["README.md", "metrics.jsonl", "report.html", "report.json", "run.json"]
+    assert sorted(os.listdir(c.out)) == ["README.md", "metrics.jsonl", "report.html", "run.json"]
     train.train(config(max_steps=3, out=c.out + "-kept"))
     assert metrics(c.out) == metrics(c.out + "-kept")
 
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(config):
     with pytest.raises(UserError, match=r"step 2: the loss is .*records.jsonl:\d+, .*No checkpoint was written") as caught:
         train.train(c)  # the weights after step 1 are ruined, so they were not saved
     assert str(caught.value).count("records.jsonl:") == 7
-    assert os.listdir(os.path.join(c.out, "checkpoint")) == []
+    assert not os.path.exists(os.path.join(c.out, "checkpoint.safetensors"))
 
 
 def test_a_held_out_loss_that_is_not_finite_keeps_no_model(config):
@@ -307,7 +307,7 @@ def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
     original, calls = train.loss_sum, []
     monkeypatch.setattr(train, "loss_sum",
                         lambda *args: calls.append(1) or original(*args) + (float("nan") if len(calls) == 6 else 0))
-    with pytest.raises(UserError, match="step 6: the loss is nan.*step-000004 is whole"):
+    with pytest.raises(UserError, match="step 6: the loss is nan.*checkpoint.safetensors is whole"):
         train.train(config())
     monkeypatch.undo()
     train.train(config(resume=True))

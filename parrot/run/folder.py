@@ -1,20 +1,17 @@
 """A run's folder: what was trained how, its metrics, its best model, and what --resume needs.
 
     model.safetensors, config.json, ...   the best model so far
-    run.json        settings, versions, hashes, where things come from
+    run.json        settings, versions, hashes, replies before and after training
     metrics.jsonl   a line for each step and each evaluation
     report.html     all of it as a page; README.md: the model card
-    checkpoint/     step-000050.safetensors: all that --resume needs
+    checkpoint.safetensors, until the run is finished
 
-A file is replaced whole, and an old checkpoint deleted when the new one is on the disk. So after a
-crash at any moment the old one or the new one is there, complete.
+A file is replaced whole: after a crash at any moment, the old or the new one is there, complete.
 """
 
 import json
-import math
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from safetensors.torch import save_file
 from parrot import assistant
 from parrot.config import TrainConfig
 from parrot.files.hub import MODEL_FILES, Found
-from parrot.run import card, report
+from parrot.run import report
 from parrot.system.console import UserError, say
 from parrot.system.disk import flush, read_json, replace_file, sha256_of, write_json
 
@@ -36,12 +33,11 @@ class Progress:
     """How far a run is. `step` steps are done; the evaluation at `step` may still be due."""
     step: int = 0
     tokens: int = 0  # of all examples so far
-    seconds: float = 0.0  # of training and evaluating, over all sessions
     best_loss: float | None = None  # lowest held-out loss of a trained model
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtype, more):
+def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtype, notes, **more):
     """What run.json says of a run: enough to repeat it, and to notice that another one differs.
 
     It may be published, so it names the files, but not the folders of this machine.
@@ -50,15 +46,15 @@ def describe(config: TrainConfig, weights: Found, data: Found, dtype: torch.dtyp
     paths = {path for pattern in MODEL_FILES for path in weights.path.glob(pattern)}
     files = {path.name: sha256_of(path) for path in sorted(paths) if path.is_file()}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    about = {
+    told = [line.replace(str(data.path), data.path.name) for line in notes["told"]]
+    return {
         "config": {**asdict(config), **names, "out": Path(config.out).name},
         "dtype": str(dtype).removeprefix("torch."),
         "weights": {**weights.origin, "name": names["weights"], "files": files},
         "data": {**data.origin, "name": names["data"], "sha256": sha256_of(data.path)},
         "versions": {"python": platform.python_version(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}", **more, "finished": False}
-    path, name = (json.dumps(str(path))[1:-1] for path in (data.path, data.path.name))
-    return json.loads(json.dumps(about).replace(path, name))  # `more` may quote it
+        "machine": f"{platform.system()} {platform.machine()}",
+        "notes": {**notes, "told": told}, **more, "finished": False}
 
 
 def public_name(found: Found):
@@ -67,21 +63,25 @@ def public_name(found: Found):
     return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
 
 
-def check_same(path, now):
+def recipe(about):
+    """What a resumed run must not change, of a run.json: {what: its value}."""
+    values = {"the data's sha256": about["data"]["sha256"],
+              "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
+    for field in fields(TrainConfig):
+        if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
+            values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
+    return values
+
+
+def check_same(path, about):
     """UserError naming the first thing that a resumed run must not change but does."""
-    before = read_json(path)
+    saved = read_json(path)
     with report.contents_of(path):
-        pairs = [("the data's sha256", before["data"]["sha256"], now["data"]["sha256"]),
-                 ("the weights' sha256", before["weights"]["files"], now["weights"]["files"]),
-                 ("--dtype", before.get("dtype"), now.get("dtype"))]
-        for field in fields(TrainConfig):
-            name, flag = field.name, "--" + field.name.replace("_", "-")
-            if not field.metadata["may_change"] and name not in ("weights", "data", "dtype"):
-                pairs.append((flag, before["config"].get(name), now["config"][name]))
-    for what, old, new in pairs:
-        if old != new:
-            raise UserError(f"--resume: {what} was {old} and is now {new}. Resume with the same "
-                            "settings and files, or start anew with another --out.")
+        before = recipe(saved)
+    for what, value in recipe(about).items():
+        if before[what] != value:
+            raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
+                            "the same settings and files, or start anew with another --out.")
 
 
 def writing(method):
@@ -103,23 +103,23 @@ class RunFolder:
         self.path = Path(os.path.expanduser(path))  # where the shell did not: --out=~/run
         self.writes, self.keeps = writes, keeps  # keeps: the weights, too
         self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoint"
+        self.checkpoint = self.path / "checkpoint.safetensors"
 
     def begin(self, resume):
         """Refuse to write over another run, or to resume none; called before anything slow."""
         about = report.read_if_there(self.path / "run.json")
-        names = self.path.iterdir() if self.path.is_dir() and not about else ()
-        refusals = {
-            "holds no run to resume": resume and not about,
-            "holds a run that is finished: there is nothing to resume":
-                resume and about.get("finished"),
-            "holds a finished run": not resume and about.get("finished"),
-            "holds an unfinished run (--resume goes on)": not resume and about,
-            "is a file": self.path.is_file(),
-            "is not empty and not a run's folder": any(path.suffix != ".part" for path in names)}
-        for refusal, applies in refusals.items():
-            if applies:
-                raise UserError(f"{self.path} {refusal}. Choose another --out.")
+        names = os.listdir(self.path) if self.path.exists() else []
+        if about.get("finished"):
+            refusal = "holds a finished run; what is finished is neither resumed nor written over"
+        elif resume and not about:
+            refusal = "holds no run to resume"
+        elif about and not resume:
+            refusal = "holds an unfinished run (--resume goes on)"
+        elif not about and not all(name.endswith(".part") for name in names):
+            refusal = "is not empty and not a run's folder"
+        else:
+            return
+        raise UserError(f"{self.path} {refusal}. Choose another --out.")
 
     @writing
     def open(self, about, resume):
@@ -129,13 +129,12 @@ class RunFolder:
         self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
         if resume:
             check_same(self.path / "run.json", about)
-        self.about = about
-        write_json(self.path / "run.json", about)
-        self.checkpoints.mkdir(exist_ok=True)
+        self.about = {**report.read_if_there(self.path / "run.json"), **about}
         self.metrics.touch()
+        write_json(self.path / "run.json", self.about)
 
     def _lock(self):
-        """Refuse a folder where another process trains: they would delete each other's files."""
+        """Refuse a folder where another process trains: they would overwrite each other's files."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.lock = os.fdopen(os.open(self.path / "lock.part", flags, 0o644), "wb")
         try:
@@ -159,32 +158,25 @@ class RunFolder:
             assistant.save(self.path, model, tokenizer, dtype)
 
     @writing
-    def show(self, **values):
-        """Keep values for the report, and write it anew."""
-        path = self.path / "report.json"
-        write_json(path, report.read_if_there(path) | values)
+    def update(self, **results):
+        """Add results to run.json, and write the report and the model card anew."""
+        self.about |= results
+        write_json(self.path / "run.json", self.about)
         report.write(self.path)
 
     @writing
     def finish(self, **results):
-        """Write the model card, mark the run as finished, delete the checkpoint."""
-        about = {**self.about, **results}
-        write_json(self.path / "run.json", about)
-        card.write(self.path)
-        report.write(self.path)
-        write_json(self.path / "run.json", {**about, "finished": True})
-        shutil.rmtree(self.checkpoints)
+        """Mark the run as finished and delete the checkpoint."""
+        self.update(**results)
+        write_json(self.path / "run.json", {**self.about, "finished": True})
+        self.checkpoint.unlink(missing_ok=True)
         self.lock.close()
         (self.path / "lock.part").unlink()
 
-    def _newest(self):
-        paths = self.checkpoints.glob("step-*.safetensors")
-        return max(paths, key=lambda path: (len(path.name), path.name), default=None)
-
     def what_is_safe(self):
         """A sentence for somebody whose run broke off."""
-        if newest := self._newest():
-            return f"The checkpoint {newest.with_suffix('')} is whole: --resume goes on from it."
+        if self.checkpoint.is_file():
+            return f"{self.checkpoint} is whole: --resume goes on from it."
         return "No checkpoint was written yet."
 
     @writing
@@ -194,33 +186,28 @@ class RunFolder:
         The order of the examples follows from seed and step, and nothing else is random.
         UserError where a number is not finite; the checkpoint before it stays.
         """
-        path = self.checkpoints / f"step-{progress.step:06d}.safetensors"
-        if not self.keeps or progress.step == 0 or path.is_file():  # nothing new to keep
+        if not self.keeps or progress.step == 0:
             return
         tensors = tensors_of(model, optimizer)
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:
-            raise UserError(f"step {progress.step} made {broken[0]} not finite: not saved. "
-                            f"{self.what_is_safe()}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"step {progress.step} made {name} not finite: not saved. "
+                                f"{self.what_is_safe()}")
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        for old in self.checkpoints.iterdir():
-            if old.is_dir():  # left by a process that was killed
-                shutil.rmtree(old)
-            elif old != path:
-                old.unlink()
+        replace_file(self.checkpoint,
+                     lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def restore(self, model, optimizer):
-        """The newest checkpoint into model and optimizer; returns its Progress, or Progress()."""
-        path, progress = self._newest(), Progress()
-        if path:
-            with report.contents_of(path):
-                progress = load(path, tensors_of(model, optimizer))
+        """The checkpoint into model and optimizer; returns its Progress, or Progress()."""
+        progress = Progress()
+        if self.checkpoint.is_file():
+            with report.contents_of(self.checkpoint):
+                progress = load(self.checkpoint, tensors_of(model, optimizer))
             for state in optimizer.state.values():
                 state["step"] = torch.tensor(float(progress.step), device=model.device)
         else:
-            say(f"{self.checkpoints} holds no checkpoint yet: starting from the beginning")
+            say(f"{self.path} holds no checkpoint yet: starting from the beginning")
         self._rewind_metrics(progress.step)
         return progress
 
@@ -248,16 +235,10 @@ def load(path, tensors):
     """A checkpoint into `tensors` -> its Progress. ValueError, before that, if it does not fit."""
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(file.metadata()["progress"])
-    for field in fields(Progress):
-        value = values[field.name]
-        if not isinstance(value, field.type) or not math.isfinite(value or 0):
-            raise ValueError(f"{field.name} is {value!r}")
-    progress = Progress(**values)
-    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in group.items()}
-              for group in (tensors, saved)]
-    if path.stem != f"step-{progress.step:06d}" or shapes[0] != shapes[1]:
-        raise ValueError(f"it is of step {progress.step}, or of another model")
+        progress = Progress(**json.loads(file.metadata()["progress"]))
+    if {name: tensor.shape for name, tensor in saved.items()} != {
+            name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError("its tensors are those of another model")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress
