@@ -236,9 +236,12 @@ def load(path, tensors):
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(file.metadata()["progress"]))
-    if {name: tensor.shape for name, tensor in saved.items()} != {
-            name: tensor.shape for name, tensor in tensors.items()}:
+    if shapes_of(saved) != shapes_of(tensors):
         raise ValueError("its tensors are those of another model")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress
+
+
+def shapes_of(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -8,12 +8,11 @@ import torch
 from parrot.assistant import Assistant
 from parrot.chat import IM_END, text_of
 from parrot.config import REPETITION_PENALTY
-from parrot.data import Batch
+from parrot.data import Batch, Examples
 from parrot.files import hub
-from parrot.files.examples import Examples
 from parrot.sampling import replies
 from parrot.system.console import UserError, printable, run_program
-from parrot.system.device import pick
+from parrot.system.device import pick_device
 from parrot.training import token_losses
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
@@ -47,8 +46,8 @@ def main():
         raise UserError("usage: python -m parrot.run.portrait QUESTION ANSWER MODEL [MODEL ...]")
     question, answer, *names = sys.argv[1:]
     for name in names:
-        device, dtype = pick("auto", "float32")
-        assistant = Assistant.load(name, hub.find_weights(name).path, dtype, device, writes=False)
+        folder, device = hub.find_weights(name).path, pick_device("auto")
+        assistant = Assistant.load(name, folder, torch.float32, device, writes=False)
         tokens = [*assistant.tokenizer.encode(answer), assistant.tokenizer.control(IM_END)]
         losses = losses_of(assistant, question, tokens)
         print(printable(name))

@@ -49,7 +49,8 @@ class Trainer:
         self.max_tokens = config.micro_batch_tokens or tokens_per_forward(self.model, self.dtype)
         self.steps_per_epoch = steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.total_steps = min(self.total_steps, config.max_steps or self.total_steps)
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
         compiled = fast.enabled and compiling.compile_blocks(
             self.model, config.compile, self.dtype, Ribbon([256], device),
             self.total_steps * config.batch_size * self.train_set.lengths.mean())
@@ -79,9 +80,8 @@ class Trainer:
         num_targets = sum(int(data[i][1].sum()) for i in range(len(data)))
         num_tokens = self.total_steps / self.steps_per_epoch * data.lengths.sum()
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        say(f"an example has {np.median(data.lengths):.0f} tokens (median), the longest "
-            f"{data.lengths.max()}; "
-            f"{num_targets / data.lengths.sum():.0%} of the tokens are targets",
+        say(f"an example has {np.median(data.lengths):.0f} tokens (median), at most "
+            f"{max(data.lengths)}; {num_targets / sum(data.lengths):.0%} of the tokens are targets",
             f"{num_parameters:,} parameters, {self.total_steps} steps of up to {config.batch_size} "
             f"examples, {num_tokens:,.0f} tokens in all", f"the first example, {data.source(0)}:")
         print(coloured(*data[0], self.tokenizer, colour=sys.stdout.isatty()))
