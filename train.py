@@ -13,19 +13,18 @@ import torch
 
 from parrot import fast
 from parrot.config import TrainConfig
-from parrot.run.dry_run import dry_run
 from parrot.run.trainer import Trainer
 from parrot.system.command_line import parse
 from parrot.system.console import run_program
 from parrot.training import learning_rate, loss_sum
 
 
-def train(config: TrainConfig):
+def train(config: TrainConfig, trainer=Trainer, loss_sum=loss_sum):
     """Train as `config` says and leave the best model in its folder. UserError, Interrupted."""
     fast.enabled = not config.plain
-    run = Trainer(config)  # loads the model and the data, opens the run's folder
+    run = trainer(config, loss_sum)  # loads the model and the data, opens the run's folder
     if config.dry_run:
-        return dry_run(run)
+        return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes
 
     for step in run.steps():  # between two steps it evaluates, now and then
@@ -34,19 +33,19 @@ def train(config: TrainConfig):
 
         # Forward and backward, one ribbon at a time. A ribbon's loss is a sum over its targets, and
         # backward() adds its gradient to what stands in .grad: gradient accumulation.
-        loss, num_targets = 0.0, 0
+        loss, num_terms = 0.0, 0
         for batch in processes.share(batches):
             ribbon_loss = loss_sum(model, batch, run.dtype)
             ribbon_loss.backward()
             loss += ribbon_loss.detach()
-            num_targets += len(batch.targets)
-        loss, num_targets = processes.sum_step(model, float(loss), num_targets)
+            num_terms += batch.num_terms  # as many as it has targets
+        loss, num_terms = processes.sum_step(model, float(loss), num_terms)
 
         # The division, once: now loss and gradient are means over all targets of the step, and it
         # does not matter how the step was split into ribbons or over processes.
-        loss /= num_targets
+        loss /= num_terms
         for parameter in model.parameters():
-            parameter.grad /= num_targets
+            parameter.grad /= num_terms
 
         # The clip: a gradient that is too long is shortened, so that no odd batch moves the
         # weights far. What is not a finite number does not reach them at all.

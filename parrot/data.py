@@ -77,9 +77,9 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
         if not len(train) or len(held_out) < asked / 2:
             remarks.append(
                 f"of {number} examples {len(held_out)} are held out, where --val-fraction "
-                f"{val_fraction:g} asks for {asked:.1f}: they have {prompts} different prompts, and "
-                "those with the same prompt stay together. Choose another --val-fraction (0: none), "
-                "or name --val-data")
+                f"{val_fraction:g} asks for {asked:.1f}: they have {prompts} different prompts, "
+                "and those with the same prompt stay together. Choose another --val-fraction (0: "
+                "none), or name --val-data")
     if not len(train):
         raise UserError(f"{data.origin['name']}: no example to train on ({'; '.join(remarks)})")
     return train, held_out, remarks
@@ -165,7 +165,7 @@ def remarks_on(conversation: Conversation):
         yield "records spell a control token, which is read as ordinary text"
 
 
-def questions(examples: Examples, tokenizer: Tokenizer):
+def short_questions(examples: Examples, tokenizer: Tokenizer):
     """Yield the short questions among some examples, as messages: [{"role": "user", ...}]."""
     for i in np.flatnonzero(examples.lengths < 200):
         text = tokenizer.decode_with_control(examples[i][0])
@@ -196,6 +196,11 @@ class Batch:
     ribbon: Ribbon
     rows: torch.Tensor  # (S,)
     targets: torch.Tensor  # (S,)
+
+    @property
+    def num_terms(self):
+        """How many terms the sum of its loss has."""
+        return len(self.targets)
 
     @classmethod
     def of(cls, examples: Examples, indices, device="cpu"):

@@ -5,6 +5,8 @@
     held-out loss   nats per token, on replies that were not trained on, for each category
     replies         to held-out prompts: do they end, their length, repetitions, ROUGE-L
     facts           short questions with known answers (questions.jsonl)
+
+Every model is asked in the chat format, a base model too.
 """
 
 import json
@@ -20,14 +22,13 @@ from tqdm import tqdm
 
 from parrot import fast
 from parrot.assistant import Assistant
-from parrot.chat import encode_chat, join, text_of, with_system
+from parrot.chat import encode_chat, text_of, with_system
 from parrot.config import EvaluateConfig
 from parrot.data import Batch, is_held_out, micro_batches, prompt_hash
 from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
-from parrot.files.tokenizer import Tokenizer
-from parrot.run import card, report
+from parrot.run import report
 from parrot.run.folder import public_name
 from parrot.sampling import replies
 from parrot.system.command_line import parse
@@ -36,7 +37,7 @@ from parrot.system.device import pick, tokens_per_forward
 from parrot.system.disk import write_json
 from parrot.training import token_losses
 
-FACTS = Path(__file__).with_name("questions.jsonl")  # the replies to the first three are shown
+FACTS = Path(__file__).with_name("questions.jsonl")
 TOTAL = ""  # the name of all categories together: no category has it
 MEASURES = {"ended": ("ended by themselves", "{:.1%}"), "length": ("length / reference", "{:.2f}"),
             "repeated": ("repeated 4-grams", "{:.1%}"), "rouge_l": ("ROUGE-L", "{:.3f}")}
@@ -91,27 +92,6 @@ def mean_and_error(losses, counts):
     return float(mean), float(math.sqrt(spread) / counts.sum())
 
 
-def encode(messages, assistant: Assistant):
-    """Messages in the assistant's format -> (tokens, is_target).
-
-    Without a template what a base model might have read: paragraphs, replies before an end of text
-    """
-    if assistant.chats:
-        return encode_chat(with_system(messages, assistant.system), assistant.tokenizer)
-    encoded = []
-    for message in messages:
-        is_target = message["role"] == "assistant"
-        end = sorted(assistant.stop)[:1] if is_target else assistant.tokenizer.encode("\n\n")
-        encoded.append((assistant.tokenizer.encode(text_of(message)) + end, is_target))
-    tokens, is_target = join(encoded)
-    return tokens, [False, *is_target[1:]]  # nothing stands before the first to predict it from
-
-
-def prompt_of(messages, assistant: Assistant):
-    """The tokens that a reply to `messages` follows."""
-    return assistant.prompt(messages) if assistant.chats else encode(messages, assistant)[0]
-
-
 @torch.no_grad()
 def losses_of(assistant: Assistant, examples: Examples):
     """The loss of each example, summed over its targets (n,), and their numbers (n,)."""
@@ -131,7 +111,8 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     """{category: [mean, standard error, number of examples]}; TOTAL: of all examples."""
     parts, categories = [], []
     for conversation in conversations:
-        tokens, is_target = encode(conversation.messages, assistant)
+        messages = with_system(conversation.messages, assistant.system)
+        tokens, is_target = encode_chat(messages, assistant.tokenizer)
         if any(is_target) and len(tokens) <= config.max_length:
             parts.append((tokens, is_target))
             categories.append(conversation.category)
@@ -162,19 +143,17 @@ def prompts_and_references(assistant: Assistant, conversations, config: Evaluate
     """Some held-out prompts as tokens, with the replies in the data. Says how many do not fit."""
     begun = [item.messages for item in conversations if item.messages[0]["role"] != "assistant"]
     chosen = random.Random(0).sample(begun, min(config.max_prompts, len(begun)))
-    context = assistant.model.config.max_position_embeddings
+    room = assistant.model.config.max_position_embeddings - config.max_new_tokens
     pairs = []
     for messages in chosen:
-        end = [message["role"] for message in messages].index("assistant")
-        prompt = prompt_of(messages[:end], assistant)
-        if len(prompt) + config.max_new_tokens <= context:
+        end = next(i for i, message in enumerate(messages)  # weight 0: no reference
+                   if message["role"] == "assistant" and "weight" not in message)
+        prompt = assistant.prompt(messages[:end])
+        if len(prompt) <= room:
             pairs.append((prompt, text_of(messages[end])))
     if len(pairs) < len(chosen):
-        left_out = (f"{len(chosen) - len(pairs)} of {len(chosen)} prompts leave no room for --max-"
-                    f"new-tokens {config.max_new_tokens} in {assistant.name} ({context} tokens)")
-        if not pairs:
-            raise UserError(left_out)
-        say(f"{left_out}: left out")
+        say(f"{assistant.name}: {len(chosen) - len(pairs)} of {len(chosen)} prompts leave no room "
+            f"for --max-new-tokens {config.max_new_tokens}: left out")
     return sorted(pairs, key=lambda pair: len(pair[0]))  # those of similar length are a batch
 
 
@@ -202,33 +181,20 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
 
 
 def facts_table(assistant: Assistant, config: EvaluateConfig):
-    """How many of the FACTS are right, and the replies to the first three."""
+    """How many of the FACTS the model gets right."""
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt_of([{"role": "user", "content": fact["question"]}], assistant)
-               for fact in facts]
+    prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
     written = write_replies(assistant, prompts, config, "facts", max_new_tokens=48, temperature=0,
                             top_p=1)
-    texts = [assistant.tokenizer.decode(tokens).strip() for tokens, _ in written]
-    right = [is_right(text, fact["accepted"]) for text, fact in zip(texts, facts, strict=True)]
-    shown = [[facts[i]["question"], texts[i]] for i in range(3)]
-    return {"right": sum(right), "of": len(right), "shown": shown}
-
-
-def measure(name, folder, format, conversations, config: EvaluateConfig):
-    """All measures of one model in one format."""
-    device, dtype = pick(config.device, config.dtype)
-    assistant = Assistant.load(name, folder, dtype, device, format)
-    return {"model": name, "format": format, "penalty": config.repetition_penalty,
-            "loss": loss_table(assistant, conversations, config),
-            "replies": reply_table(assistant, conversations, config),
-            "facts": facts_table(assistant, config)}
+    right = [is_right(assistant.tokenizer.decode(tokens), fact["accepted"])
+             for (tokens, _), fact in zip(written, facts, strict=True)]
+    return {"right": sum(right), "of": len(right)}
 
 
 def column_of(result):
-    """All numbers of a model as text: {title of the row: text}."""
+    """All numbers of a model: {title of the row: text}."""
     column = {"": result["model"], "data": result["data"],
-              "held-out examples": str(result["loss"][TOTAL][2]), "format": result["format"],
-              "repetition penalty of all replies": f"{result['penalty']:g}"}
+              "held-out examples": str(result["loss"][TOTAL][2])}
     for name, (mean, error, _) in result["loss"].items():
         title = f"held-out loss, {name}" if name else "held-out loss"
         column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
@@ -246,17 +212,11 @@ def rows_of(results):
     return [[title, *(column.get(title, "") for column in columns)] for title in titles]
 
 
-def as_table(rows, results):
-    """The rows, and the replies to the first questions, as text."""
+def as_table(rows):
+    """The rows as text."""
     rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    for i, (question, _) in enumerate(results[0]["facts"]["shown"]):
-        lines += ["", question]
-        for result in results:
-            _, reply = result["facts"]["shown"][i]
-            lines.append(f"  {result['model']} ({result['format']}): {reply}")
-    return printable("\n".join(lines))
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main():
@@ -269,37 +229,36 @@ def main():
                      for conversation in read_conversations(path, bad)
                      if is_held_out(prompt_hash(conversation.messages), config.val_fraction)]
     if not conversations:
-        raise UserError(f"{config.data}: nothing is held out by --val-fraction {config.val_fraction}")
+        raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out nothing")
     models = [(name, hub.find_weights(name)) for name in config.models]
     finished = [found.path for _, found in models if is_finished(found.path, data, config)]
-    results, names = [], []
+    device, dtype = pick(config.device, config.dtype)
+    results = []
     for name, found in models:
-        formats = ["chat"]
-        if not Tokenizer(found.path).chat_template:
-            formats = ["plain", "chat"]  # and not only a format that the model never saw
-        for format in formats:
-            result = measure(name, found.path, format, conversations, config)
-            results.append({**result, "data": public_name(data)})
-            names.append(public_name(found))
+        assistant = Assistant.load(name, found.path, dtype, device, "chat")
+        results.append({"model": name, "data": public_name(data),
+                        "loss": loss_table(assistant, conversations, config),
+                        "replies": reply_table(assistant, conversations, config),
+                        "facts": facts_table(assistant, config)})
     rows = rows_of(results)
-    print(json.dumps(results, indent=2) if config.json else as_table(rows, results))
+    print(json.dumps(results, indent=2) if config.json else as_table(rows))
+    names = [public_name(found) for _, found in models]
     for folder in finished:  # show it there, too
         write_json(folder / "evaluation.json", {"table": [["", *names], *rows[1:]]})
         report.write(folder)
-        card.write(folder)
 
 
 def is_finished(folder, data: hub.DataFiles, config: EvaluateConfig):
     """Whether train.py finished a run here; says so if it was trained on what is held out now."""
     about = report.read_if_there(folder / "run.json")
+    if not about:
+        return False
     with report.contents_of(folder / "run.json"):
-        fraction = about.get("config", {}).get("val_fraction", 0)
-        hashes = set(about.get("data", {}).get("files", {}).values())
-        is_same_data = not hashes.isdisjoint(data.hashes.values())
-        if is_same_data and fraction < config.val_fraction:
-            say(f"{folder} held out only {fraction:g} of this data: it was trained on some of what "
-                "it is measured on here")
-    return about.get("finished", False)
+        fraction = about["config"]["val_fraction"]
+        shared = set(about["data"]["files"].values()) & set(data.hashes.values())
+        if shared and fraction < config.val_fraction:
+            say(f"{folder} held out only {fraction:g} of this data: it was trained on some of it")
+        return about["finished"]
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_short_held_out_questions_are_asked(records_file, tiny_tokenizer):
     path = records_file([{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "Who?\nYou?", "completion": "I"},
                          {"prompt": "word " * 300, "completion": "A"}, *some_records(5)])
     train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
-    asked = list(data.questions(train, tiny_tokenizer))
+    asked = list(data.short_questions(train, tiny_tokenizer))
     assert asked[0] == [{"role": "user", "content": "Who?\nYou?"}] and len(asked) == 6
     assert asked[1][0]["content"] == "Count to 1.\n\nStart at 1."
 

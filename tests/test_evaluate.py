@@ -16,7 +16,7 @@ from parrot import assistant, evaluate, fast
 from parrot.assistant import Assistant
 from parrot.chat import encode_chat
 from parrot.config import EvaluateConfig, TrainConfig
-from parrot.data import Batch, Examples, is_held_out
+from parrot.data import Batch, Examples, is_held_out, prompt_hash
 from parrot.files.records import Conversation, read_conversations
 from parrot.system.console import UserError, run_program
 from parrot.system.disk import read_json, sha256_of
@@ -124,14 +124,6 @@ def tiny(tiny_folder):
     return Assistant.load("tiny", tiny_folder, torch.float32, "cpu")
 
 
-def test_the_references_show_how_much_people_repeat_themselves(config, tiny):
-    conversation = Conversation([{"role": "user", "content": "Count"},
-                                 {"role": "assistant", "content": "01230123"}], "here")
-    assert len(tiny.tokenizer.encode("01230123")) == 8  # digits one by one: 1 of 5 4-grams repeats
-    table = evaluate.reply_table(tiny, [conversation] * 2, config)
-    assert table["references"] == {"repeated": 0.2}
-
-
 def test_prompts_that_do_not_fit_are_told(config, tiny, capsys):
     """The context holds 512 tokens."""
     conversations = []
@@ -143,8 +135,8 @@ def test_prompts_that_do_not_fit_are_told(config, tiny, capsys):
     assert table["greedy"]["prompts"] == table["sampled"]["prompts"] == 2
     assert "1 of 3 prompts leave no room for --max-new-tokens 8" in capsys.readouterr().err
     config.max_new_tokens = 10**12
-    with pytest.raises(UserError, match="3 of 3 prompts leave no room .* in tiny .512 tokens"):
-        evaluate.reply_table(tiny, conversations, config)
+    assert evaluate.reply_table(tiny, conversations, config) == {}
+    assert "3 of 3 prompts leave no room" in capsys.readouterr().err
     config.max_prompts = 0
     assert evaluate.reply_table(tiny, conversations, config) == {}
 
@@ -156,8 +148,6 @@ def test_questions_have_answers():
     for fact in facts:
         assert fact["accepted"]
         assert not evaluate.is_right(fact["question"], fact["accepted"])  # gives itself away
-    answers = [fact["accepted"][0] for fact in facts[:3]]
-    assert answers == ["Marie Curie", "Mercury", "Ottawa"]
 
 
 # ---- the program
@@ -184,8 +174,8 @@ def run(config, records_file, monkeypatch, capsys):
 
 def held_out(records):
     """Those that run() holds out."""
-    return [record for record in records if is_held_out(
-        [{"role": "user", "content": record["instruction"], "context": record["context"]}], 0.3)]
+    return [record for record in records if is_held_out(prompt_hash(
+        [{"role": "user", "content": record["instruction"], "context": record["context"]}]), 0.3)]
 
 
 def test_models_side_by_side(run, tiny_folder, tiny_tokenizer, tmp_path):
@@ -193,8 +183,7 @@ def test_models_side_by_side(run, tiny_folder, tiny_tokenizer, tmp_path):
     assistant.save(other, tiny_model(seed=5), tiny_tokenizer, torch.float32)
     status, table, _ = run(tiny_folder, other)
     assert status == 0 and table.splitlines()[0].split() == [str(tiny_folder), str(other)]
-    for words in ("held-out loss, open_qa", "Who was the first woman", "of 118",
-                  "references, repeated 4-grams"):
+    for words in ("held-out loss, open_qa", "of 118", "sampled, repeated 4-grams"):
         assert words in table
     results = json.loads(run(tiny_folder, other, "--json")[1])
     assert [result["model"] for result in results] == [str(tiny_folder), str(other)]
@@ -220,13 +209,11 @@ def test_without_the_speed_ups(run, tiny_folder):
     assert results["loss"][""][0] == pytest.approx(fast_results["loss"][""][0], rel=1e-5)
 
 
-def test_a_base_model_is_judged_in_plain_text_too(run, tiny_folder, tmp_path):
+def test_a_base_model_is_asked_in_the_chat_format(run, tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     (base / "tokenizer_config.json").unlink()
-    plain, chat = json.loads(run(base, "--json")[1])
-    assert (plain["format"], chat["format"]) == ("plain", "chat") and plain["loss"] != chat["loss"]
-    tiny = json.loads(run(tiny_folder, "--json")[1])[0]
-    assert chat["loss"][""][0] == pytest.approx(tiny["loss"][""][0], rel=1e-3)
+    base, tiny = json.loads(run(base, tiny_folder, "--json")[1])
+    assert base["loss"][""][0] == pytest.approx(tiny["loss"][""][0], rel=1e-3)
 
 
 @pytest.mark.parametrize("fraction, warned", [(0.3, False), (0.02, True)])  # run() holds out 0.3
@@ -234,7 +221,8 @@ def test_a_run_that_was_trained_on_what_it_is_measured_on(
         fraction, warned, run, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "run.json").write_text(json.dumps(
-        {"config": {"val_fraction": fraction}, "data": {"sha256": sha256_of(run.data)}}))
+        {"config": {"val_fraction": fraction}, "data": {"files": {"x": sha256_of(run.data)}},
+         "finished": False}))
     assert ("held out only 0.02 of this data" in run(folder)[2]) == warned
 
 
@@ -257,8 +245,8 @@ def test_records_that_are_bad_or_of_odd_categories(run, tiny_folder, records_fil
 
 def test_a_category_that_one_model_has_no_example_of():
     both = {"": [2, 0.5, 2], "here": [1, None, 1]}
-    results = [{"model": "m", "data": "d", "format": "chat", "penalty": 1.2, "loss": loss,
-                "replies": {}, "facts": {"right": 1, "of": 2}} for loss in (both, {"": both[""]})]
+    results = [{"model": "m", "data": "d", "loss": loss, "replies": {},
+                "facts": {"right": 1, "of": 2}} for loss in (both, {"": both[""]})]
     rows = {title: cells for title, *cells in evaluate.rows_of(results)}
     assert rows["held-out loss"] == ["2.000 ± 0.500"] * 2
     assert rows["held-out loss, here"] == ["1.000", ""]
@@ -267,8 +255,6 @@ def test_a_category_that_one_model_has_no_example_of():
 def test_errors_in_words(run, tmp_path, tiny_folder):
     status, out, err = run(tiny_folder, "--max-length", 8)
     assert status == 1 and out == "" and "no held-out example fits --max-length 8" in err
-    status, out, err = run(tiny_folder, "--max-new-tokens", 10**12)
-    assert status == 1 and out == "" and "prompts leave no room for --max-new-tokens 10000" in err
     status, out, err = run(tmp_path / "nowhere")
     assert status == 1 and out == "" and "no such file or folder" in err
     assert run()[0] == 2
@@ -311,19 +297,18 @@ def test_a_run_shows_its_evaluation_without_the_folders_of_this_machine(
 def test_a_run_json_of_something_else_is_named(content, run, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     if '"x"' in content:
-        content = content.replace("}}", '}, "data": {"sha256": "' + sha256_of(run.data) + '"}}')
+        content = content.replace("}}", '}, "data": {"files": {"x": "' + sha256_of(run.data) + '"}}}')
     (folder / "run.json").write_text(content)
     status, _, err = run(folder)
     assert status == 1 and "error: " in err and "Traceback" not in err
-    assert str(folder / "run.json") in err or str(folder / "metrics.jsonl") in err
+    assert str(folder / "run.json") in err
 
 
-def test_examples_that_are_too_long_are_told(config, tiny, tiny_folder, capsys):
-    config.max_length = 8
-    replies = ["0", "0123456789"]
-    conversations = [Conversation([{"role": "assistant", "content": text}], "") for text in replies]
-    plain = Assistant.load("plain", tiny_folder, torch.float32, "cpu", "plain")
-    with pytest.raises(UserError, match="no held-out example fits --max-length 8"):
+def test_examples_that_are_too_long_are_told(config, tiny, capsys):
+    config.max_length = 20
+    conversations = [Conversation([{"role": "assistant", "content": text}], "")
+                     for text in ("0", "0123456789" * 3)]
+    with pytest.raises(UserError, match="no held-out example fits --max-length 20"):
         evaluate.loss_table(tiny, conversations[1:], config)
-    assert evaluate.loss_table(plain, conversations, config)[""][2] == 1
-    assert "plain: 1 of 2 held-out examples are longer than --max-length" in capsys.readouterr().err
+    assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
+    assert "tiny: 1 of 2 held-out examples are longer than --max-length" in capsys.readouterr().err

@@ -134,11 +134,11 @@ def shards(name, files, split):
                         f"({', '.join(chosen[1:6])})")
     found = [file for part in chosen for file in parts[part]]
     if not found:
-        raise UserError(f"{name} has no data file for {split!r} (it has {', '.join(parts) or 'none'}"
-                        f"; {', '.join(rows.FORMATS)} are read)")
+        raise UserError(f"{name} has no data file for {split!r} (it has "
+                        f"{', '.join(parts) or 'none'}; {', '.join(rows.FORMATS)} are read)")
     count = re.search(r"-of-(\d+)", found[0])
     if count and len(chosen) == 1 and int(count[1]) != len(found):
-        raise UserError(f"{name}: {len(found)} of the {int(count[1])} shards of {chosen[0]} are here")
+        raise UserError(f"{name} has {len(found)} of the {int(count[1])} shards of {chosen[0]}")
     return found
 
 

@@ -1,13 +1,12 @@
 """A run's folder: what was trained how, its metrics, its best model, and what --resume needs.
 
     model.safetensors, config.json, ...   the best model so far
-    run.json        settings, versions, hashes, where things come from
+    run.json        settings, versions, hashes, replies before and after training
     metrics.jsonl   a line for each step and each evaluation
     report.html     all of it as a page; README.md: the model card
-    checkpoint/     step-000050.safetensors: all that --resume needs
+    checkpoint/     all that --resume needs, until the run is finished
 
-A file is replaced whole, and an old checkpoint deleted when the new one is on the disk. So after a
-crash at any moment the old one or the new one is there, complete.
+A file is replaced whole: after a crash at any moment, the old or the new one is there, complete.
 """
 
 import json
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from parrot import assistant
 from parrot.config import TrainConfig
 from parrot.files.hub import MODEL_FILES, DataFiles, Found
-from parrot.run import card, report
+from parrot.run import report
 from parrot.system.console import UserError, say
 from parrot.system.disk import flush, read_json, replace_file, sha256_of, write_json
 
@@ -41,7 +40,7 @@ class Progress:
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: TrainConfig, weights: Found, data: DataFiles, dtype: torch.dtype, more):
+def describe(config: TrainConfig, weights: Found, data: DataFiles, dtype, notes, **more):
     """What run.json says of a run: enough to repeat it, and to notice that another one differs.
 
     It may be published, so it names the files, but not the folders of this machine.
@@ -51,18 +50,17 @@ def describe(config: TrainConfig, weights: Found, data: DataFiles, dtype: torch.
     paths = {path for pattern in MODEL_FILES for path in weights.path.glob(pattern)}
     files = {path.name: sha256_of(path) for path in sorted(paths) if path.is_file()}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    about = {
+    for path in data.files:
+        notes = [note.replace(str(path), path.name) for note in notes]
+    return {
         "config": {**asdict(config), **names, "out": Path(config.out).name},
         "dtype": str(dtype).removeprefix("torch."),
         "weights": {**weights.origin, "name": names["weights"], "files": files},
-        "data": {**data.origin, "name": names["data"], 
+        "data": {**data.origin, "name": names["data"],
                  "files": {path.name: sha256 for path, sha256 in data.hashes.items()}},
         "versions": {"python": platform.python_version(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}", **more, "finished": False}
-    text = json.dumps(about)
-    for path in data.files:  # `more` may quote it
-        text = text.replace(json.dumps(str(path))[1:-1], json.dumps(path.name)[1:-1])
-    return json.loads(text)
+        "machine": f"{platform.system()} {platform.machine()}",
+        "notes": notes, **more, "finished": False}
 
 
 def public_name(found: Found | DataFiles):
@@ -71,21 +69,25 @@ def public_name(found: Found | DataFiles):
     return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
 
 
-def check_same(path, now):
+def recipe(about):
+    """What a resumed run must not change, of a run.json: {what: its value}."""
+    values = {"the data's sha256": about["data"]["files"],
+              "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
+    for field in fields(TrainConfig):
+        if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
+            values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
+    return values
+
+
+def check_same(path, about):
     """UserError naming the first thing that a resumed run must not change but does."""
-    before = read_json(path)
+    saved = read_json(path)
     with report.contents_of(path):
-        pairs = [("the data's sha256", before["data"]["files"], now["data"]["files"]),
-                 ("the weights' sha256", before["weights"]["files"], now["weights"]["files"]),
-                 ("--dtype", before.get("dtype"), now.get("dtype"))]
-        for field in fields(TrainConfig):
-            name, flag = field.name, "--" + field.name.replace("_", "-")
-            if not field.metadata["may_change"] and name not in ("weights", "data", "dtype"):
-                pairs.append((flag, before["config"].get(name), now["config"][name]))
-    for what, old, new in pairs:
-        if old != new:
-            raise UserError(f"--resume: {what} was {old} and is now {new}. Resume with the same "
-                            "settings and files, or start anew with another --out.")
+        before = recipe(saved)
+    for what, value in recipe(about).items():
+        if before[what] != value:
+            raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
+                            "the same settings and files, or start anew with another --out.")
 
 
 def writing(method):
@@ -107,23 +109,24 @@ class RunFolder:
         self.path = Path(os.path.expanduser(path))  # where the shell did not: --out=~/run
         self.writes, self.keeps = writes, keeps  # keeps: the weights, too
         self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoint"
+        self.checkpoint = self.path / "checkpoint" / "state.safetensors"
 
+    @writing
     def begin(self, resume):
         """Refuse to write over another run, or to resume none; called before anything slow."""
         about = report.read_if_there(self.path / "run.json")
-        names = self.path.iterdir() if self.path.is_dir() and not about else ()
-        refusals = {
-            "holds no run to resume": resume and not about,
-            "holds a run that is finished: there is nothing to resume":
-                resume and about.get("finished"),
-            "holds a finished run": not resume and about.get("finished"),
-            "holds an unfinished run (--resume goes on)": not resume and about,
-            "is a file": self.path.is_file(),
-            "is not empty and not a run's folder": any(path.suffix != ".part" for path in names)}
-        for refusal, applies in refusals.items():
-            if applies:
-                raise UserError(f"{self.path} {refusal}. Choose another --out.")
+        names = os.listdir(self.path) if self.path.exists() else []
+        if about.get("finished"):
+            refusal = "holds a finished run; what is finished is neither resumed nor written over"
+        elif resume and not about:
+            refusal = "holds no run to resume"
+        elif about and not resume:
+            refusal = "holds an unfinished run (--resume goes on)"
+        elif not about and not all(name.endswith(".part") for name in names):
+            refusal = "is not empty and not a run's folder"
+        else:
+            return
+        raise UserError(f"{self.path} {refusal}. Choose another --out.")
 
     @writing
     def open(self, about, resume):
@@ -133,13 +136,13 @@ class RunFolder:
         self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
         if resume:
             check_same(self.path / "run.json", about)
-        self.about = about
-        write_json(self.path / "run.json", about)
-        self.checkpoints.mkdir(exist_ok=True)
+        self.about = {**report.read_if_there(self.path / "run.json"), **about}
         self.metrics.touch()
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        write_json(self.path / "run.json", self.about)
 
     def _lock(self):
-        """Refuse a folder where another process trains: they would delete each other's files."""
+        """Refuse a folder where another process trains: they would overwrite each other's files."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.lock = os.fdopen(os.open(self.path / "lock.part", flags, 0o644), "wb")
         try:
@@ -163,32 +166,25 @@ class RunFolder:
             assistant.save(self.path, model, tokenizer, dtype)
 
     @writing
-    def show(self, **values):
-        """Keep values for the report, and write it anew."""
-        path = self.path / "report.json"
-        write_json(path, report.read_if_there(path) | values)
+    def update(self, **results):
+        """Add results to run.json, and write the report and the model card anew."""
+        self.about |= results
+        write_json(self.path / "run.json", self.about)
         report.write(self.path)
 
     @writing
     def finish(self, **results):
-        """Write the model card, mark the run as finished, delete the checkpoint."""
-        about = {**self.about, **results}
-        write_json(self.path / "run.json", about)
-        card.write(self.path)
-        report.write(self.path)
-        write_json(self.path / "run.json", {**about, "finished": True})
-        shutil.rmtree(self.checkpoints)
+        """Mark the run as finished and delete the checkpoint."""
+        self.update(**results)
+        write_json(self.path / "run.json", {**self.about, "finished": True})
+        shutil.rmtree(self.checkpoint.parent)
         self.lock.close()
         (self.path / "lock.part").unlink()
 
-    def _newest(self):
-        paths = self.checkpoints.glob("step-*.safetensors")
-        return max(paths, key=lambda path: (len(path.name), path.name), default=None)
-
     def what_is_safe(self):
         """A sentence for somebody whose run broke off."""
-        if newest := self._newest():
-            return f"The checkpoint {newest.with_suffix('')} is whole: --resume goes on from it."
+        if self.checkpoint.is_file():
+            return f"{self.checkpoint} is whole: --resume goes on from it."
         return "No checkpoint was written yet."
 
     @writing
@@ -198,33 +194,27 @@ class RunFolder:
         The order of the examples follows from seed and step, and nothing else is random.
         UserError where a number is not finite; the checkpoint before it stays.
         """
-        path = self.checkpoints / f"step-{progress.step:06d}.safetensors"
-        if not self.keeps or progress.step == 0 or path.is_file():  # nothing new to keep
+        if not self.keeps or progress.step == 0:
             return
         tensors = tensors_of(model, optimizer)
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:
-            raise UserError(f"step {progress.step} made {broken[0]} not finite: not saved. "
-                            f"{self.what_is_safe()}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"step {progress.step} made {name} not finite: not saved. "
+                                f"{self.what_is_safe()}")
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        for old in self.checkpoints.iterdir():
-            if old.is_dir():  # left by a process that was killed
-                shutil.rmtree(old)
-            elif old != path:
-                old.unlink()
+        replace_file(self.checkpoint,
+                     lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
+    @writing
     def restore(self, model, optimizer):
-        """The newest checkpoint into model and optimizer; returns its Progress, or Progress()."""
-        path, progress = self._newest(), Progress()
-        if path:
-            with report.contents_of(path):
-                progress = load(path, tensors_of(model, optimizer))
-            for state in optimizer.state.values():
-                state["step"] = torch.tensor(float(progress.step), device=model.device)
+        """The checkpoint into model and optimizer; returns its Progress, or Progress()."""
+        progress = Progress()
+        if self.checkpoint.is_file():
+            with report.contents_of(self.checkpoint):
+                progress = load(self.checkpoint, tensors_of(model, optimizer))
         else:
-            say(f"{self.checkpoints} holds no checkpoint yet: starting from the beginning")
+            say(f"{self.path} holds no checkpoint yet: starting from the beginning")
         self._rewind_metrics(progress.step)
         return progress
 
@@ -238,13 +228,14 @@ class RunFolder:
 
 
 def tensors_of(model, optimizer):
-    """What training changes, by name: each weight, and AdamW's two moments for it."""
+    """What training changes, by name: each weight, AdamW's two moments for it and its steps."""
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state = optimizer.state[parameter].setdefault(moment, torch.zeros_like(parameter))
-            tensors[f"{moment}.{name}"] = state
+        zeros = torch.zeros_like(parameter)
+        state = optimizer.state[parameter]
+        for key, start in (("step", zeros.sum()), ("exp_avg", zeros), ("exp_avg_sq", zeros)):
+            tensors[f"{key}.{name}"] = state.setdefault(key, start.clone())
     return tensors
 
 
@@ -257,11 +248,13 @@ def load(path, tensors):
         value = values[field.name]
         if not isinstance(value, field.type) or not math.isfinite(value or 0):
             raise ValueError(f"{field.name} is {value!r}")
-    progress = Progress(**values)
     shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in group.items()}
               for group in (tensors, saved)]
-    if path.stem != f"step-{progress.step:06d}" or shapes[0] != shapes[1]:
-        raise ValueError(f"it is of step {progress.step}, or of another model")
+    if shapes[0] != shapes[1]:
+        raise ValueError("its tensors are those of another model")
+    if any(saved[name] != values["step"] for name in saved if name.startswith("step.")):
+        raise ValueError("its moments are of another step")
+    progress = Progress(**values)
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress

@@ -1,4 +1,4 @@
-"""What a report shows of a model: replies before and after training, and how sure one was."""
+"""What a model says: its replies before and after training, and how probable an answer is to it."""
 
 import math
 import sys
@@ -6,52 +6,38 @@ import sys
 import torch
 
 from parrot.assistant import Assistant
-from parrot.attention import Ribbon
 from parrot.chat import IM_END, text_of
 from parrot.config import REPETITION_PENALTY
+from parrot.data import Batch, Examples
 from parrot.files import hub
-from parrot.sampling import nucleus, replies
+from parrot.sampling import replies
 from parrot.system.console import UserError, printable, run_program
-from parrot.system.device import pick
+from parrot.system.device import pick_device
+from parrot.training import token_losses
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
              "What planet is closest to the sun?", "What is the capital of Canada?")
-TOP_P = 0.9  # of the nucleus that is shown
 
 
-def ask(assistant: Assistant, prompts=()):
-    """QUESTIONS, then prompts (lists of messages) -> [[question, reply, ids of the reply]]."""
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS] + list(prompts)
+def ask(assistant: Assistant, prompts):
+    """Prompts (lists of messages) -> [[question, reply]]."""
     written = replies(
-        assistant.model, [assistant.prompt(messages) for messages in asked], assistant.stop,
+        assistant.model, [assistant.prompt(messages) for messages in prompts], assistant.stop,
         max_new_tokens=48, temperature=0, top_p=1, repetition_penalty=REPETITION_PENALTY)
     answers = []
-    for messages, (tokens, ended) in zip(asked, written, strict=True):
-        question, reply = "\n\n".join(map(text_of, messages)), assistant.tokenizer.decode(tokens)
-        answers.append([question, reply.strip() + ("" if ended else " …"), tokens])
+    for messages, (tokens, ended) in zip(prompts, written, strict=True):
+        reply = assistant.tokenizer.decode(tokens).strip() + ("" if ended else " …")
+        answers.append(["\n\n".join(map(text_of, messages)), reply])
     return answers
 
 
-def lines(answers, own=None):
-    """The replies to QUESTIONS, and to the user's own, for the terminal."""
-    return [f"  {question}  ->  {' '.join(reply.split())}"
-            for question, reply, _ in answers[:len(QUESTIONS) + len(own or ())]]
-
-
 @torch.no_grad()
-def certainty(assistant: Assistant, question, tokens):
-    """For each token of a reply: its probability, the size of the nucleus, the likeliest tokens."""
+def losses_of(assistant: Assistant, question, tokens):
+    """-log p of each token of an answer."""
     prompt = assistant.prompt([{"role": "user", "content": question}])
-    ids = torch.tensor(prompt + tokens, device=assistant.model.device)
-    hidden_states = assistant.model(ids, Ribbon([len(ids)], ids.device))
-    logits = assistant.model.logits(hidden_states[len(prompt) - 1:-1]).float()  # (S, V)
-    sizes = (nucleus(logits, 1.0, TOP_P)[0] > 0).sum(-1).tolist()  # (S,)
-    shares, words = logits.softmax(-1), assistant.tokenizer
-    likeliest = shares.topk(6).indices.tolist()  # (S, 6)
-    return [{"text": words.decode([token]), "probability": row[token].item(), "top_p": TOP_P,
-             "nucleus": size, "likeliest": [[words.decode_with_control([other]), row[other].item()]
-                                            for other in others]}
-            for token, size, row, others in zip(tokens, sizes, shares, likeliest, strict=True)]
+    is_target = [False] * len(prompt) + [True] * len(tokens)
+    batch = Batch.of(Examples.of([(prompt + tokens, is_target)]), [0], assistant.model.device)
+    return token_losses(assistant.model, batch, torch.float32).tolist()
 
 
 def main():
@@ -60,15 +46,14 @@ def main():
         raise UserError("usage: python -m parrot.run.portrait QUESTION ANSWER MODEL [MODEL ...]")
     question, answer, *names = sys.argv[1:]
     for name in names:
-        device, dtype = pick("auto", "float32")
-        assistant = Assistant.load(name, hub.find_weights(name).path, dtype, device, writes=False)
-        tokens = assistant.tokenizer.encode(answer) + [assistant.tokenizer.control(IM_END)]
-        rows = certainty(assistant, question, tokens)
-        losses = [-math.log(max(row["probability"], 1e-45)) for row in rows]
+        folder, device = hub.find_weights(name).path, pick_device("auto")
+        assistant = Assistant.load(name, folder, torch.float32, device, writes=False)
+        tokens = [*assistant.tokenizer.encode(answer), assistant.tokenizer.control(IM_END)]
+        losses = losses_of(assistant, question, tokens)
         print(printable(name))
-        for row, loss in zip(rows, losses, strict=True):
-            text = printable(repr(row["text"])) if row["text"] else IM_END
-            print(f"  {text:16} p {row['probability']:.4f}   -log p {loss:6.2f}")
+        for token, loss in zip(tokens, losses, strict=True):
+            text = printable(repr(assistant.tokenizer.decode_with_control([token])))
+            print(f"  {text:16} p {math.exp(-loss):.4f}   -log p {loss:6.2f}")
         print(f"  mean -log p {sum(losses) / len(losses):.2f}")
 
 

@@ -1,34 +1,32 @@
 """All of a training run that is not the loop of train.py: its start, its pauses, its end."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys
 import time
 from itertools import islice
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from parrot import assistant, fast
 from parrot.assistant import Assistant
 from parrot.attention import Ribbon
-from parrot.chat import spans_of
+from parrot.chat import coloured
 from parrot.config import TrainConfig
 from parrot.data import (
     Batch,
     examples_of_step,
     load_examples,
     micro_batches,
-    questions,
+    short_questions,
     steps_per_epoch,
 )
-from parrot.fast import memory
-from parrot.fast.compiling import compile_blocks
+from parrot.fast import compiling, memory
 from parrot.files import hub
 from parrot.run import portrait
-from parrot.run.folder import Progress, RunFolder, describe
+from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.system.console import Interrupted, StopSignal, UserError, say
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 from parrot.system.distributed import Processes
@@ -36,11 +34,14 @@ from parrot.training import held_out_loss, make_optimizer
 
 
 class Trainer:
-    """What a run consists of: model, data, optimizer, folder, progress."""
+    """What a run consists of: model, data, optimizer, folder, progress.
 
-    def __init__(self, config: TrainConfig):
+    parrot.dpo trains on something else: it replaces `load_data`, `batch_of` and `held_out`.
+    """
+
+    def __init__(self, config: TrainConfig, loss_sum):
         """Load everything, and tell on the way what is worth knowing. UserError."""
-        self.config, self.processes = config, Processes()
+        self.config, self.loss_sum, self.processes = config, loss_sum, Processes()
         self.folder = RunFolder(config.out, self.processes.rank == 0, config.keep == "yes")
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
@@ -48,48 +49,93 @@ class Trainer:
             memory.keep_freed()  # before the first tensor
         with self.processes.one_after_the_other():  # the first downloads and tokenises
             data, weights = hub.find_data(config.data), hub.find_weights(config.weights)
-            val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
-            self.train_set, self.val_set, told = load_examples(
-                data, self.tokenizer, config.max_length, config.val_fraction, val_data=val_data,
-                skip_bad=config.skip_bad_records, max_examples=config.max_examples)
+            self.train_set, self.val_set, notes = self.load_data(data)
         longest, context = self.train_set.lengths.max(), self.model.config.max_position_embeddings
         if longest > context:
-            raise UserError(f"{data.origin['name']} has an example of {longest} tokens, but the context of "
+            raise UserError(f"the longest example has {longest} tokens, but the context of "
                             f"{config.weights} holds {context}: set --max-length {context}")
-        self.max_tokens = config.micro_batch_tokens or tokens_per_forward(self.model, self.dtype)
+        self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
+            self.model, self.dtype, 0 if fast.enabled else longest)
         self.steps_per_epoch = steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.total_steps = min(self.total_steps, config.max_steps or self.total_steps)
-        compiled = fast.enabled and compile_blocks(  # fast/compiling.py
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        compiled = fast.enabled and compiling.compile_blocks(
             self.model, config.compile, self.dtype, Ribbon([256], device),
             self.total_steps * config.batch_size * self.train_set.lengths.mean())
         self.optimizer = make_optimizer(self.model, config)
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
             f"{self.total_steps} steps on {device}, up to {self.max_tokens} tokens in a forward"
-            f"{', compiled' if compiled else ''}", *told)
-        about = describe(config, weights, data, self.dtype, {
-            "examples": len(self.train_set), "held_out": len(self.val_set), "notes": told,
-            "longest": int(longest), "device": str(device), "compiled": compiled,
-            "processes": self.processes.size, "micro_batch_tokens": self.max_tokens,
-            "steps": self.total_steps})
+            f"{', compiled' if compiled else ''}", *notes)
+        questions = [*portrait.QUESTIONS, *(config.ask or ())]
+        self.prompts = [[{"role": "user", "content": question}] for question in questions]
+        self.prompts += islice(short_questions(self.val_set, self.tokenizer), 3)
         self.progress = Progress()
-        self.prompts = [[{"role": "user", "content": question}] for question in config.ask or ()]
-        self.prompts += islice(questions(self.val_set, self.tokenizer), 3)
         if config.dry_run:
             return
-        with self.processes.one_after_the_other():
-            self.folder.open(about, config.resume)
-            if config.resume:
-                self.progress = self.folder.restore(self.model, self.optimizer)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        about = describe(
+            config, weights, data, self.dtype, notes, examples=len(self.train_set),
+            held_out=len(self.val_set), longest=int(longest), steps=self.total_steps,
+            device=name, processes=self.processes.size, compiled=compiled,
+            micro_batch_tokens=self.max_tokens)
+        self.processes.check_same({what: about[what]["files"] for what in ("data", "weights")})
+        self.folder.open(about, config.resume)
+        if config.resume:  # one process reads the checkpoint: the others may share no disk with it
+            restored = self.folder.restore(self.model, self.optimizer)
+            tensors = tensors_of(self.model, self.optimizer).values()
+            self.progress = self.processes.copy_first(restored, tensors)
+
+    def load_data(self, data):
+        """DataFiles -> (train Examples, held-out Examples, remarks)."""
+        config = self.config
+        return load_examples(
+            data, self.tokenizer, config.max_length, config.val_fraction,
+            skip_bad=config.skip_bad_records, max_examples=config.max_examples,
+            val_data=config.val_data and hub.find_data(config.val_data, of=config.data))
+
+    def batch_of(self, examples, indices):
+        """The ribbon of some examples."""
+        return Batch.of(examples, indices, self.model.device)
+
+    def held_out(self, should_stop):
+        """{"val_loss": ...}; None where `should_stop()` turned true."""
+        loss = held_out_loss(self.model, self.val_set, self.max_tokens, self.dtype, self.processes,
+                             should_stop)
+        return None if loss is None else {"val_loss": loss}
+
+    def dry_run(self):
+        """Say what the run would be, from the data and one ribbon; nothing is written."""
+        data, config = self.train_set, self.config
+        num_targets = sum(int(data[i][1].sum()) for i in range(len(data)))
+        num_tokens = self.total_steps / self.steps_per_epoch * data.lengths.sum()
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        say(f"an example has {np.median(data.lengths):.0f} tokens (median), at most "
+            f"{max(data.lengths)}; {num_targets / sum(data.lengths):.0%} of the tokens are targets",
+            f"{num_parameters:,} parameters, {self.total_steps} steps of up to {config.batch_size} "
+            f"examples, {num_tokens:,.0f} tokens in all", f"the first example, {data.source(0)}:")
+        print(coloured(*data[0], self.tokenizer, colour=sys.stdout.isatty()))
+
+        batch = self.batches(0)[0]
+        for _ in range(2):  # the first time is slower
+            started = time.perf_counter()
+            loss = self.loss_sum(self.model, batch, self.dtype)
+            loss.backward()
+            loss.item()  # a GPU is waited for
+            seconds = time.perf_counter() - started
+        hours = num_tokens * seconds / len(batch.tokens) / self.processes.size / 3600
+        memory = (peak_memory(self.model.device) or 0) + 8 * num_parameters  # AdamW's two moments
+        disk = (2 * 12 + 4) * num_parameters  # two checkpoints at a time, and the model
+        say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, so the steps about "
+            f"{hours:.1f} h; about {memory / 1e9:.1f} GB of memory; {disk / 1e9:.1f} GB of disk. "
+            "Nothing was written.")
 
     def steps(self):
         """Yield the number of each step to do, from 0; evaluate in between."""
         progress, config = self.progress, self.config
-        if progress.step == 0 and self.processes.rank == 0:
-            before = portrait.ask(Assistant.of("", self.model, self.tokenizer), self.prompts)
-            say("before training:", *portrait.lines(before, config.ask))
-            self.folder.show(before=before, example=spans_of(*self.train_set[0], self.tokenizer))
+        if progress.step == 0:
+            self._ask("before", Assistant.of("", self.model, self.tokenizer, "chat"))
         self.bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", desc="training",
                         disable=self.processes.rank > 0)
         with StopSignal() as self.stop, self.bar:
@@ -103,6 +149,14 @@ class Trainer:
                 if fast.enabled:
                     memory.give_back()
 
+    def _ask(self, when, assistant):
+        """Show the replies to the questions, in the terminal and in the report."""
+        if self.processes.rank == 0:
+            answers = portrait.ask(assistant, self.prompts)
+            say(f"{when} training:", *(f"  {' '.join(question.split()):.80}  ->  "
+                                       f"{' '.join(reply.split())}" for question, reply in answers))
+            self.folder.update(**{when: answers})
+
     def batches(self, step) -> list[Batch]:
         """The ribbons of a step, enough for all processes where that can be."""
         config = self.config
@@ -110,7 +164,7 @@ class Trainer:
         share = math.ceil(len(self.indices) / self.processes.size)
         max_examples = min(share, config.micro_batch_size or share)
         splits = micro_batches(self.indices, self.train_set.lengths, max_examples, self.max_tokens)
-        return [Batch.of(self.train_set, split, self.model.device) for split in splits]
+        return [self.batch_of(self.train_set, split) for split in splits]
 
     def check(self, loss, grad_norm):
         """Weights that give a finite loss and gradient are sound: save them, when it is time.
@@ -126,52 +180,50 @@ class Trainer:
         if status or progress.step % self.config.save_every == 0:
             self.folder.save(self.model, self.optimizer, progress)
         if status:
-            torchrun = ["torchrun", f"--nproc_per_node={self.processes.size}"]
-            command = ["python"] if self.processes.size == 1 else torchrun
-            command += [*(word for word in sys.argv if word != "--resume"), "--resume"]
+            command = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
             raise Interrupted(f"stopped after step {progress.step} of {self.total_steps}; to go "
                               f"on: {shlex.join(command)}", status)
 
     def log_step(self, batches, **values):
-        """Count the step, and tell of it."""
+        """Count the step: a line in metrics.jsonl, and the progress bar."""
+        progress, tokens = self.progress, sum(len(batch.tokens) for batch in batches)
         seconds = time.perf_counter() - self.started
-        tokens = sum(len(batch.tokens) for batch in batches)
-        self.progress.step += 1
-        self.progress.tokens += tokens
-        self.progress.seconds += seconds
-        self._log(**values, tokens=self.progress.tokens,
-                  tokens_per_second=round(tokens / seconds, 1))
-        self.bar.set_postfix_str(
-            f"loss {values['train_loss']:.3f}, lr {values['learning_rate']:.1e}, "
-            f"{tokens / seconds:.0f} tokens/s", refresh=False)
+        speed = tokens / seconds
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        self._log(**values, tokens=progress.tokens, tokens_per_second=round(speed, 1))
+        self.bar.set_postfix_str(f"loss {values['train_loss']:.3f}, {speed:.0f} tokens/s", False)
         self.bar.update()
 
     def _log(self, **values):
-        epoch = round(self.progress.step / self.steps_per_epoch, 4)
-        seconds = round(self.progress.seconds, 2)
-        self.folder.log(step=self.progress.step, epoch=epoch, **values, seconds=seconds)
+        step, seconds = self.progress.step, round(self.progress.seconds, 2)
+        epoch = round(step / self.steps_per_epoch, 4)
+        self.folder.log(step=step, epoch=epoch, **values, seconds=seconds)
 
     def _evaluate(self):
         """Log the held-out loss; keep the model if it is the best yet. A signal cuts it short."""
-        started, progress = time.perf_counter(), self.progress
+        progress, started = self.progress, time.perf_counter()
         if not len(self.val_set):
             return
-        loss = held_out_loss(self.model, self.val_set, self.max_tokens, self.dtype, self.processes,
-                             lambda: self.stop.status and progress.step < self.total_steps)
-        if loss is None:
+        values = self.held_out(lambda: self.stop.status and progress.step < self.total_steps)
+        if values is None:
             return
+        loss = values["val_loss"]
+        progress.seconds += time.perf_counter() - started
         if not math.isfinite(loss):
             raise self._diverged(f"the held-out loss is {loss}")
-        progress.seconds += time.perf_counter() - started
         if progress.step == 0:
             progress.first_loss = loss
         elif progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss = loss
             self.folder.save_best(self.model, self.tokenizer, self.dtype)
-        self._log(val_loss=loss)
-        self.folder.show()
+        self._log(**values)
+        self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         if self.processes.rank == 0:
-            self.bar.write(f"step {progress.step}: held-out loss {loss:.4f}", file=sys.stderr)
+            more = "".join(f", {name} {value:.4f}" for name, value in values.items())
+            self.bar.write(f"step {progress.step}{more}".replace("val_loss", "held-out loss"),
+                           file=sys.stderr)
 
     def _diverged(self, reason):
         return UserError(
@@ -182,26 +234,18 @@ class Trainer:
         """Leave the folder as a finished run, and show what was learned."""
         progress, folder, device = self.progress, self.folder, self.model.device
         if not len(self.val_set):
-            self.folder.save_best(self.model, self.tokenizer, self.dtype)  # the best we know
-        if self.processes.rank == 0:
-            best = Assistant.of("", self.model, self.tokenizer)
-            if folder.keeps:
-                best = Assistant.load("", folder.path, torch.float32, device)
-            after = portrait.ask(best, self.prompts)
-            question, _, tokens = after[0]
-            folder.show(after=after, answer=portrait.certainty(best, question, tokens))
-            say("after training:", *portrait.lines(after, self.config.ask))
-        peak = peak_memory(device)
-        folder.finish(first_loss=progress.first_loss, best_loss=progress.best_loss,
-                      seconds=progress.seconds, peak_memory=peak)
-        summary = f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s"
-        if peak:
-            summary += f", {peak / 1e9:.1f} GB at most"
-        summary += f". The model is in {folder.path}" if folder.keeps else ". No model was kept"
-        if progress.best_loss is not None:
-            summary += f"; held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}"
-            if progress.best_loss >= progress.first_loss:
-                summary += " (no better than before training: try a lower --learning-rate)"
-        name = shlex.quote(str(folder.path))
-        say(f'{summary}.\nAsk it: python sample.py --model {name} --prompt "Who are you?"')
+            folder.save_best(self.model, self.tokenizer, self.dtype)  # the best we know
+        best = Assistant.of("", self.model, self.tokenizer, "chat")
+        if folder.keeps:
+            best = Assistant.load("", folder.path, torch.float32, device)
+        self._ask("after", best)
+        peak = peak_memory(device) or 0
+        folder.finish(peak_memory=peak)
+        say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
+            f"{peak / 1e9:.1f} GB at most")
+        if len(self.val_set):
+            say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
+        if folder.keeps:
+            name = shlex.quote(str(folder.path))
+            say(f'Ask it: python sample.py --model {name} --prompt "Who are you?"')
         self.processes.close()

@@ -4,6 +4,8 @@ Each process computes a share of every step's ribbons. Losses are sums, divided 
 so the sum of all processes' gradients is the gradient of a single process.
 """
 
+import hashlib
+import json
 import os
 from contextlib import contextmanager
 
@@ -59,6 +61,23 @@ class Processes:
         vector_to_parameters(flat, gradients)  # all but the numbers, which come last
         return flat[-len(numbers):].tolist()
 
+    def copy_first(self, value, tensors):
+        """The first process's value to all, and its tensors into theirs."""
+        values = [value]
+        if self.size > 1:
+            self._together(dist.broadcast_object_list, values, device=torch.device("cpu"))
+            for tensor in tensors:
+                self._together(dist.broadcast, tensor, 0)
+        return values[0]
+
+    def check_same(self, values):
+        """UserError where {what: its hashes} is not that of every other process."""
+        for what, hashes in values.items():
+            digest = hashlib.sha256(json.dumps(hashes).encode()).digest()
+            number = int.from_bytes(digest[:6], "big")
+            if number != self.largest(number):
+                raise UserError(f"the {what} on this machine is not that of another process")
+
     @contextmanager
     def one_after_the_other(self):
         """The first process enters alone, the others when it is through: it writes, they read."""
@@ -74,10 +93,13 @@ class Processes:
             dist.destroy_process_group()
 
     def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
+        if self.size > 1:
+            self._together(dist.all_reduce, tensor, operation)
+        return tensor
+
+    def _together(self, function, *args, **kwargs):
         try:
-            if self.size > 1:
-                dist.all_reduce(tensor, operation)
+            function(*args, **kwargs)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"another process of this run has ended ({reason})") from None
-        return tensor

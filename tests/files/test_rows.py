@@ -123,7 +123,7 @@ SETS = [  # files, split, the chosen ones, or the fault
     (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"], "train",
      ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
     (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "test", ["data/test-00000-of-00001.parquet"]),
-    (["data/train-00000-of-00002.parquet"], "train", "1 of the 2 shards of data/train are here"),
+    (["data/train-00000-of-00002.parquet"], "train", "has 1 of the 2 shards of data/train"),
     (["train.jsonl", "validation.jsonl"], "validation", ["validation.jsonl"]),
     (["part1.jsonl.gz", "part2.jsonl.gz", "test.jsonl.gz"], "train", ["part1.jsonl.gz", "part2.jsonl.gz"]),
     (["train.CSV", "eval.CSV"], "train", ["train.CSV"]),

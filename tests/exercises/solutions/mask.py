@@ -12,7 +12,7 @@ def pieces_of(messages):
     pieces = []
     for message in messages:
         pieces.append((IM_START, False))
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and "weight" not in message:  # 0: it is only read
             pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
         else:
             pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
