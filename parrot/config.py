@@ -31,9 +31,8 @@ class Machine:
 
 
 @dataclass
-class TrainConfig(Machine):
-    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
+class Recipe(Machine):
+    """What train.py and parrot.dpo share."""
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: list[str] | str = option("dolly", f"what to train on: {DATA}")
     val_data: str | None = option(None, "what to hold out in place of a share of --data: the name "
@@ -69,7 +68,6 @@ class TrainConfig(Machine):
     ask: list[str] | None = option(None, "questions to ask before and after", may_change=True)
     dry_run: bool = option(False, "say what the run would be, and stop", may_change=True)
     skip_bad_records: bool = option(False, "leave out records that cannot be read, and say so")
-    QUICKSTART = QUICKSTART
 
     def __post_init__(self):
         if self.min_learning_rate is None:
@@ -86,6 +84,13 @@ class TrainConfig(Machine):
                 self.out.encode("utf-8", "ignore").decode() != self.out,
             f"--out {self.out} is the name of a model: choose another folder":
                 self.out in WEIGHTS.split(" | ")}
+
+
+@dataclass
+class TrainConfig(Recipe):
+    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
+    QUICKSTART = QUICKSTART
 
 
 @dataclass

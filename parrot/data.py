@@ -58,14 +58,15 @@ def is_held_out(prompt_hash, fraction):
 # ---- conversations -> examples
 
 def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fraction, *,
-                  skip_bad=False, max_examples=None, val_data: DataFiles | None = None):
+                  skip_bad=False, max_examples=None, val_data: DataFiles | None = None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
-    Held out is all of `val_data`; without it, a share of the examples, by `is_held_out`.
+    Held out is all of `val_data`; without it, a share of the examples, by `is_held_out`. Pairs, for
+    parrot.dpo, are two examples each, the chosen one first.
     """
-    train, remarks = tokenised(data, tokenizer, max_length, skip_bad, max_examples)
+    train, remarks = tokenised(data, tokenizer, max_length, skip_bad, pairs, max_examples)
     if val_data:
-        held_out, more = tokenised(val_data, tokenizer, max_length, skip_bad)
+        held_out, more = tokenised(val_data, tokenizer, max_length, skip_bad, pairs)
         both = np.isin(held_out.hashes, train.hashes).sum()
         remarks += more
         if both:
@@ -85,10 +86,11 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
     return train, held_out, remarks
 
 
-def tokenised(data: DataFiles, tokenizer, max_length, skip_bad=False, max_examples=None):
+def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examples=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks)."""
-    folders, sources, remarks, wanted = [], [], {}, max_examples or math.inf
-    for folder, source in parts_of(data, tokenizer, skip_bad):
+    folders, sources, remarks = [], [], {}
+    wanted = most = (max_examples or math.inf) * (2 if pairs else 1)
+    for folder, source in parts_of(data, tokenizer, skip_bad, pairs):
         notes = read_json(folder / "notes.json")
         for remark, (count, places) in notes["remarks"].items():
             before, shown = remarks.get(remark, (0, []))
@@ -99,8 +101,10 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad=False, max_exampl
         if wanted <= 0:
             break
     found = examples.read(folders, sources, tokenizer.vocab_size)
-    found = found.where(np.arange(len(found)) < (max_examples or math.inf))
+    found = found.where(np.arange(len(found)) < most)
     fits = found.lengths <= max_length
+    if pairs:  # both or none
+        fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
     told = [f"{count} {remark} ({', '.join(places)}{' ...' if count > 3 else ''})"
             for remark, (count, places) in remarks.items()]
     if not fits.all():
@@ -108,18 +112,18 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad=False, max_exampl
     return found.where(fits), told
 
 
-def parts_of(data: DataFiles, tokenizer: Tokenizer, skip_bad):
+def parts_of(data: DataFiles, tokenizer: Tokenizer, skip_bad, pairs):
     """Yield (folder of the cache, source) for each PART records; it is made if need be."""
     vocabulary = hashlib.sha256(tokenizer.content).hexdigest()
     for path, sha256 in data.hashes.items():
         start, total = 0, 1
         while start < total:
-            recipe = [rows.format_of(path), sha256, vocabulary, skip_bad, PART, CODE, start]
+            recipe = [rows.format_of(path), sha256, vocabulary, skip_bad, pairs, PART, CODE, start]
             name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
             def make(folder, path=path, sha256=sha256, start=start):
                 notes = {"total": rows.count_rows(path)}
-                encoded = encode_part(path, start, tokenizer, skip_bad, notes)
+                encoded = encode_part(path, start, tokenizer, skip_bad, pairs, notes)
                 examples.write(folder, encoded, tokenizer.vocab_size)
                 write_json(folder / "notes.json", notes)
                 if sha256_of(path) != sha256:
@@ -129,22 +133,26 @@ def parts_of(data: DataFiles, tokenizer: Tokenizer, skip_bad):
             start, total = start + PART, read_json(folder / "notes.json")["total"]
 
 
-def encode_part(path, start, tokenizer: Tokenizer, skip_bad, notes: dict):
+def encode_part(path, start, tokenizer: Tokenizer, skip_bad, pairs, notes: dict):
     """Yield (tokens, is_target, record number, hash of the prompt) of the PART from `start` on.
 
     notes["remarks"]: {what the user should know: (how many records, the first three of them)}
     """
     bad, places, notes["examples"] = [], defaultdict(list), 0
-    conversations = read_conversations(path, bad if skip_bad else None, start, start + PART)
+    bad_or_raise = bad if skip_bad else None
+    conversations = read_conversations(path, bad_or_raise, start, start + PART, pairs)
     with tqdm(desc=f"tokenising {path.name}", initial=start, total=notes["total"],
               unit=" records", leave=False) as bar:
         while chunk := list(islice(conversations, 2048)):
-            encoded = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
-            for item, pieces in zip(chunk, encoded, strict=True):
-                yield *join(pieces), item.number, prompt_hash(item.messages)
+            versions = [(item, messages) for item in chunk
+                        for messages in (item.messages, item.rejected) if messages]
+            encoded = encode_pieces([pieces_of(messages) for _, messages in versions], tokenizer)
+            for (item, messages), pieces in zip(versions, encoded, strict=True):
+                yield *join(pieces), item.number, prompt_hash(messages)
+            for item in chunk:
                 for remark in remarks_on(item):
                     places[remark].append(str(item.number))
-            notes["examples"] += len(chunk)
+            notes["examples"] += len(versions)
             bar.update(len(chunk))
     if bad:
         places["bad records are left out"] = [f"{number}: {fault}" for number, fault in bad]
@@ -155,12 +163,13 @@ def remarks_on(conversation: Conversation):
     """What of a conversation is not learned as it stands, each once."""
     for key in conversation.unused:
         yield f"records have text under {key!a:.60}, which is not used"
-    replies = [m for m in conversation.messages if m["role"] == "assistant"]
+    messages = [*conversation.messages, *(conversation.rejected or ())]
+    replies = [message for message in messages if message["role"] == "assistant"]
     if any("weight" in reply for reply in replies):
         yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
     if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
         yield "records have a reply whose first line loses its indentation"
-    texts = "".join(map(text_of, conversation.messages))
+    texts = "".join(map(text_of, messages))
     if any(name in texts for name in CONTROL):
         yield "records spell a control token, which is read as ordinary text"
 

@@ -20,6 +20,7 @@ class Examples:
     def __init__(self, parts, index):
         self.parts, self.index = parts, index
         self.lengths, self.hashes = index[:, 2], index[:, 4]
+        self.longest = int(self.lengths.max(initial=0))
 
     @classmethod
     def of(cls, pairs):

@@ -41,6 +41,7 @@ class Conversation:
     number: int = 0  # of the line, or of the row in another kind of file
     category: str = ""
     unused: tuple = ()  # the keys of text that is not in the messages
+    rejected: list | None = None  # of a pair: messages that end in another reply
 
 
 class BadRecord(ValueError):
@@ -51,8 +52,9 @@ class UnknownShape(BadRecord):
     """A record of a kind that is not read at all; if it is the first, so are the others."""
 
 
-def read_conversations(path, bad: list | None = None, start=0, stop=None) -> Iterator[Conversation]:
-    """Yield the conversations in the rows `start` to `stop` of a file.
+def read_conversations(path, bad: list | None = None, start=0, stop=None,
+                       pairs=False) -> Iterator[Conversation]:
+    """Yield the conversations, or the pairs, in the rows `start` to `stop` of a file.
 
     A record that cannot be read is a UserError, or an entry in `bad`: (number, fault).
     """
@@ -62,7 +64,7 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None) -> Ite
         if isinstance(row, bytes) and not row.strip():
             continue
         try:
-            yield _to_conversation(row, source, number)
+            yield _to_conversation(row, source, number, pairs)
         except (BadRecord, RecursionError) as error:
             if bad is None:
                 hopeless = is_first and isinstance(error, UnknownShape)
@@ -77,14 +79,16 @@ def source_of(path: Path) -> str:
     return f"{path}:" if rows.has_lines(path) else f"{path}: record "
 
 
-def _to_conversation(row, source, number):
+def _to_conversation(row, source, number, pairs):
     record, unused = _parse(row) if isinstance(row, bytes) else row, set()
-    messages = to_messages(record, unused)
-    characters = sum(len(m["content"]) + len(m.get("context", "")) for m in messages)
+    messages, rejected = to_pair(record, unused) if pairs else (to_messages(record, unused), None)
+    characters = sum(len(m["content"]) + len(m.get("context", ""))
+                     for m in [*messages, *(rejected or ())])
     if characters > LONGEST:
         raise BadRecord(f"it has {characters:,} characters; more than {LONGEST:,} are refused")
     category = str(record.get("category") or "")[:80] if isinstance(record, dict) else ""
-    return Conversation(messages, f"{source}{number}", number, category, tuple(sorted(unused)))
+    return Conversation(messages, f"{source}{number}", number, category, tuple(sorted(unused)),
+                        rejected)
 
 
 def _parse(line):
@@ -122,6 +126,36 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
     _take(rest, "category")
     unused |= {str(key) for key, value in rest.items() if _has_text(value)}
     return messages
+
+
+def to_pair(record, unused: set):
+    """A record with chosen and rejected -> two lists of messages that differ in the last reply.
+
+    Each is a reply to `prompt`, as text or as a list of turns; or all turns, the prompt among them.
+    """
+    if not isinstance(record, dict) or not {"chosen", "rejected"} <= set(record):
+        raise UnknownShape(f"{record!r:.80} has not the keys chosen and rejected (and prompt)")
+    pair = []
+    for key in ("chosen", "rejected"):
+        rest = {name: value for name, value in record.items()
+                if name in SHAPES["prompt"] + SHAPES["system"] + SHAPES["context"]}
+        turns = _turns(record[key], key, unused) if isinstance(record[key], list) else None
+        if turns and turns[0]["role"] != "assistant":
+            messages = turns
+        else:
+            messages = to_messages({**rest, SHAPES["reply"][0]: record[key]}, unused)
+        *earlier, last = messages
+        if last["role"] != "assistant":
+            raise BadRecord(f"{key} does not end with a reply")
+        pair.append([{**turn, "weight": 0} if turn["role"] == "assistant" else turn
+                     for turn in earlier] + [last])
+    if pair[0][:-1] != pair[1][:-1]:
+        raise BadRecord("chosen and rejected answer different prompts")
+    if pair[0] == pair[1]:
+        raise BadRecord("chosen and rejected are equal")
+    used = {*rest, "chosen", "rejected", "messages", *SHAPES["category"]}
+    unused |= {name for name in record if name not in used and _has_text(record[name])}
+    return pair
 
 
 def _take(rest, what):

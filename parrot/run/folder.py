@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from parrot import assistant
-from parrot.config import TrainConfig
+from parrot.config import Recipe
 from parrot.files.hub import MODEL_FILES, DataFiles, Found
 from parrot.run import report
 from parrot.system.console import UserError, say
@@ -40,7 +40,7 @@ class Progress:
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: TrainConfig, weights: Found, data: DataFiles, dtype, notes, **more):
+def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
     """What run.json says of a run: enough to repeat it, and to notice that another one differs.
 
     It may be published, so it names the files, but not the folders of this machine.
@@ -69,22 +69,22 @@ def public_name(found: Found | DataFiles):
     return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
 
 
-def recipe(about):
+def recipe(about, config: Recipe):
     """What a resumed run must not change, of a run.json: {what: its value}."""
     values = {"the data's sha256": about["data"]["files"],
               "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
-    for field in fields(TrainConfig):
+    for field in fields(config):
         if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
             values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
     return values
 
 
-def check_same(path, about):
+def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
     saved = read_json(path)
     with report.contents_of(path):
-        before = recipe(saved)
-    for what, value in recipe(about).items():
+        before = recipe(saved, config)
+    for what, value in recipe(about, config).items():
         if before[what] != value:
             raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
                             "the same settings and files, or start anew with another --out.")
@@ -105,9 +105,9 @@ def writing(method):
 class RunFolder:
     """The files of one run in `path`. Of several processes, only one `writes`."""
 
-    def __init__(self, path, writes=True, keeps=True):
-        self.path = Path(os.path.expanduser(path))  # where the shell did not: --out=~/run
-        self.writes, self.keeps = writes, keeps  # keeps: the weights, too
+    def __init__(self, config: Recipe, writes=True):
+        self.config, self.writes, self.keeps = config, writes, config.keep == "yes"
+        self.path = Path(os.path.expanduser(config.out))  # where the shell did not: --out=~/run
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint" / "state.safetensors"
 
@@ -135,7 +135,7 @@ class RunFolder:
         self._lock()
         self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
         if resume:
-            check_same(self.path / "run.json", about)
+            check_same(self.path / "run.json", about, self.config)
         self.about = {**report.read_if_there(self.path / "run.json"), **about}
         self.metrics.touch()
         self.checkpoint.parent.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ def render(folder):
         before, after = about.pop("before", []), about.pop("after", [])
         after = after or [["", "not yet known"]] * len(before)
         replies = [[*old, new[1]] for old, new in zip(before, after, strict=True)]
-        values = {"first_loss": None, "best_loss": None, **about["config"], **about,
+        values = {"objective": "", "first_loss": None, "best_loss": None, **about["config"], **about,
                   "done": len(points(metrics, "train_loss")), "penalty": REPETITION_PENALTY}
         for name in ("weights", "data"):
             values[name] = f"{about[name]['name']} ({about[name]['from']})"
@@ -48,6 +48,7 @@ def render(folder):
             {name: html(value) for name, value in values.items()},
             losses=chart(metrics, "train_loss", "val_loss"), rates=chart(metrics, "learning_rate"),
             speeds=chart(metrics, "tokens_per_second"), norms=chart(metrics, "grad_norm"),
+            margins=chart(metrics, "val_margin"), accuracies=chart(metrics, "val_accuracy"),
             replies=html_rows(replies), evaluation=html_rows(table),
             run_json=html(json.dumps(about, indent=2, ensure_ascii=False)))
         card = CARD.substitute({name: markdown(value) for name, value in values.items()},

@@ -36,27 +36,29 @@ from parrot.training import held_out_loss, make_optimizer
 class Trainer:
     """What a run consists of: model, data, optimizer, folder, progress.
 
-    parrot.dpo trains on something else: it replaces `load_data`, `batch_of` and `held_out`.
+    parrot.dpo trains on pairs: it replaces the methods from `find_data` to `held_out`.
     """
+    objective = "the loss of each token of the replies and of their end"
 
     def __init__(self, config: TrainConfig, loss_sum):
         """Load everything, and tell on the way what is worth knowing. UserError."""
         self.config, self.loss_sum, self.processes = config, loss_sum, Processes()
-        self.folder = RunFolder(config.out, self.processes.rank == 0, config.keep == "yes")
+        self.folder = RunFolder(config, self.processes.rank == 0)
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
         if fast.enabled:
             memory.keep_freed()  # before the first tensor
         with self.processes.one_after_the_other():  # the first downloads and tokenises
-            data, weights = hub.find_data(config.data), hub.find_weights(config.weights)
+            weights = hub.find_weights(config.weights)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
+            self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
+                self.model, self.dtype, 0 if fast.enabled else config.max_length)
+            data = self.find_data(weights)
             self.train_set, self.val_set, notes = self.load_data(data)
-        longest, context = self.train_set.lengths.max(), self.model.config.max_position_embeddings
+        longest, context = self.train_set.longest, self.model.config.max_position_embeddings
         if longest > context:
             raise UserError(f"the longest example has {longest} tokens, but the context of "
                             f"{config.weights} holds {context}: set --max-length {context}")
-        self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
-            self.model, self.dtype, 0 if fast.enabled else longest)
         self.steps_per_epoch = steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps:
@@ -77,7 +79,7 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         about = describe(
             config, weights, data, self.dtype, notes, examples=len(self.train_set),
-            held_out=len(self.val_set), longest=int(longest), steps=self.total_steps,
+            held_out=len(self.val_set), longest=longest, objective=self.objective, steps=self.total_steps,
             device=name, processes=self.processes.size, compiled=compiled,
             micro_batch_tokens=self.max_tokens)
         self.processes.check_same({what: about[what]["files"] for what in ("data", "weights")})
@@ -87,11 +89,15 @@ class Trainer:
             tensors = tensors_of(self.model, self.optimizer).values()
             self.progress = self.processes.copy_first(restored, tensors)
 
-    def load_data(self, data):
+    def find_data(self, weights):
+        """The DataFiles to train on."""
+        return hub.find_data(self.config.data)
+
+    def load_data(self, data, **kind):
         """DataFiles -> (train Examples, held-out Examples, remarks)."""
         config = self.config
         return load_examples(
-            data, self.tokenizer, config.max_length, config.val_fraction,
+            data, self.tokenizer, config.max_length, config.val_fraction, **kind,
             skip_bad=config.skip_bad_records, max_examples=config.max_examples,
             val_data=config.val_data and hub.find_data(config.val_data, of=config.data))
 

@@ -1,0 +1,224 @@
+r"""Preferences: of two replies to a prompt, make the chosen one more probable than the rejected one.
+
+    python -m parrot.dpo --weights out/littleparrot --data PAIRS      prompt, chosen, rejected
+    python -m parrot.dpo --weights out/littleparrot --self-play DATA  rejected: the model's own
+
+Direct Preference Optimization (arXiv:2305.18290). A judge who gives a reply y the reward r(y)
+prefers y to z with probability sigmoid(r(y) - r(z)). The best policy p for that reward, at a price
+of beta for each nat that it moves away from a reference q, is p(y) ~ q(y) exp(r(y) / beta). Solved
+for r, up to a term that y and z share:
+
+    r(y) = beta (log p(y) - log q(y))
+
+So the reward needs no model of its own: the loss is -log sigmoid(r(chosen) - r(rejected)), with the
+starting weights as q. log p of a reply is a sum over its tokens: a mean would be the probability of
+no reply, and lengthen or shorten replies for free.
+
+    r(chosen) - r(rejected)      0: log 2, no preference yet      large: near 0, nothing to learn
+    a small beta                 log p may move far before the reward, and with it the pull, is used up
+    a large beta                 a short way from the reference is reward enough
+
+The loop, optimizer and checkpoints are those of train.py; the self-play is SPIN (arXiv:2401.01335).
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from parrot.assistant import Assistant
+from parrot.chat import text_of
+from parrot.config import DATA, WEIGHTS, Recipe
+from parrot.data import Batch, micro_batches
+from parrot.files import hub
+from parrot.files.cache import kept
+from parrot.files.examples import Examples
+from parrot.files.hub import DataFiles
+from parrot.files.records import read_conversations
+from parrot.run.trainer import Trainer
+from parrot.sampling import replies
+from parrot.system.command_line import option, parse
+from parrot.system.console import run_program
+from parrot.system.device import send
+from parrot.training import token_losses
+from train import train
+
+AT_ONCE = 64  # replies that self-play writes together, and keeps together
+
+
+@dataclass
+class PreferenceConfig(Recipe):
+    weights: str = option("out/littleparrot", f"the policy's start, and the reference: {WEIGHTS}")
+    data: list[str] | str | None = option(None, "pairs: records with prompt, chosen, rejected")
+    self_play: str | None = option(None, "in place of pairs: data whose replies are chosen, while "
+                                   f"the model's own are rejected: {DATA}")
+    out: str = option("out/preferred", "the run's folder", may_change=True)
+    beta: float = option(0.1, "the price of moving away from the reference", above=0)
+    epochs: int = option(1, "how often every pair is seen", at_least=1)
+    learning_rate: float = option(5e-6, "the peak", above=0)
+    eval_every: int = option(10, "steps between two held-out losses", at_least=1)
+
+    def contradictions(self):
+        return {**super().contradictions(),
+                "name either --data or --self-play": bool(self.data) == bool(self.self_play)}
+
+
+class Pairs:
+    """Examples of which 2 i is chosen and 2 i + 1 is rejected, as pairs."""
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+        self.lengths, self.longest = examples.lengths.reshape(-1, 2).sum(1), examples.longest
+        self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
+
+    def __len__(self):
+        return len(self.examples) // 2
+
+    def __getitem__(self, i):
+        """(tokens, is_target) of both, end to end."""
+        both = zip(self.examples[2 * i], self.examples[2 * i + 1], strict=True)
+        return tuple(map(np.concatenate, both))
+
+    def source(self, i):
+        return self.examples.source(2 * i)
+
+
+@dataclass
+class PairBatch(Batch):
+    """Pairs on a ribbon, both replies of each as documents of their own."""
+    counts: list[int]  # the targets of each document
+    reference: torch.Tensor  # (P,)
+    beta: float
+
+    @property
+    def num_terms(self):
+        return len(self.reference)
+
+
+def preference_margins(model, batch: PairBatch, dtype):
+    """log p(chosen) - log p(rejected) of each pair (P,)."""
+    losses = token_losses(model, batch, dtype)  # (S,), -log p of each token
+    chosen, rejected = torch.stack([part.sum() for part in losses.split(batch.counts)]).view(-1, 2).T
+    return rejected - chosen
+
+
+def preference_loss(model, batch: PairBatch, dtype):
+    """The loss, summed over the pairs."""
+    rewards = batch.beta * (preference_margins(model, batch, dtype) - batch.reference)
+    return loss_of(rewards).sum()
+
+
+def loss_of(rewards):
+    """r(chosen) - r(rejected) (P,) -> the loss (P,); its slope is how wrong the preference is.
+
+    >>> rewards = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+    >>> loss_of(rewards).detach()
+    tensor([2.1269, 0.6931, 0.1269])
+    >>> loss_of(rewards).sum().backward()
+    >>> rewards.grad
+    tensor([-0.8808, -0.5000, -0.1192])
+    """
+    return -F.logsigmoid(rewards)
+
+
+class PreferenceTrainer(Trainer):
+    """A Trainer of pairs, whose reference is the model as it was loaded."""
+    objective = "Direct Preference Optimization (arXiv:2305.18290) against the starting weights"
+
+    def find_data(self, weights):
+        if self.config.data:
+            return hub.find_data(self.config.data)
+        return self_play(self.config, weights, self.model.device)
+
+    def load_data(self, data: DataFiles):
+        *sets, notes = super().load_data(data, pairs=True)
+        sets = [Pairs(examples) for examples in sets]
+        for pairs in sets:
+            pairs.reference = self._reference(pairs)
+        return *sets, notes
+
+    def batch_of(self, pairs: Pairs, indices):
+        both = [row for i in indices for row in (2 * i, 2 * i + 1)]
+        counts = [int(pairs.examples[row][1].sum()) for row in both]
+        batch, device = Batch.of(pairs.examples, both, self.model.device), self.model.device
+        reference = send(torch.from_numpy(pairs.reference[indices]), device)
+        return PairBatch(**vars(batch), counts=counts, reference=reference, beta=self.config.beta)
+
+    def _batches(self, pairs, splits, title):
+        bar = tqdm(splits, desc=title, leave=False, disable=self.processes.rank > 0)
+        return ((indices, self.batch_of(pairs, indices)) for indices in bar)
+
+    @torch.no_grad()
+    def _reference(self, pairs: Pairs):
+        """The reference's margin of each pair; kept, because a resumed run starts elsewhere."""
+        splits = micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens)
+        digest = hashlib.sha256(f"{self.dtype} {self.model.device.type}".encode())
+        for parameter in self.model.parameters():
+            digest.update(parameter.cpu().numpy().data)
+        for i in range(len(pairs)):
+            digest.update(pairs[i][0].tobytes())
+
+        def make(folder):
+            margins = np.zeros(len(pairs), np.float32)
+            for indices, batch in self._batches(pairs, splits, "reference"):
+                margins[indices] = preference_margins(self.model, batch, self.dtype).cpu().numpy()
+            np.save(folder / "margins.npy", margins)
+        return np.load(kept(f"reference/{digest.hexdigest()[:16]}", make) / "margins.npy")
+
+    @torch.no_grad()
+    def held_out(self, should_stop):
+        """{"val_loss", "val_margin" (of rewards), "val_accuracy"} of the held-out pairs."""
+        pairs, sums = self.val_set, [0.0] * 3
+        splits = micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens)
+        for _, batch in self._batches(pairs, self.processes.share(splits), "evaluating"):
+            if should_stop():
+                break
+            margins = preference_margins(self.model, batch, self.dtype)
+            rewards = batch.beta * (margins - batch.reference)
+            terms = loss_of(rewards), rewards, (rewards > 0).float()
+            sums = [total + term.sum().item() for total, term in zip(sums, terms, strict=True)]
+        if self.processes.largest(bool(should_stop())):
+            return None
+        means = [total / len(pairs) for total in self.processes.sum(*sums)]
+        return dict(zip(("val_loss", "val_margin", "val_accuracy"), means, strict=True))
+
+
+def self_play(config: PreferenceConfig, weights: hub.Found, device) -> DataFiles:
+    """Data -> pairs: the data's reply is chosen, a sample of the model is rejected.
+
+    Samples are kept, AT_ONCE in a file, so that one who was stopped goes on.
+    """
+    data = hub.find_data(config.self_play)
+    conversations = [item.messages for path in data.files for item in read_conversations(path)
+                     if len(item.messages) == 2][:config.max_examples]
+    assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")
+    hashes = [list(data.hashes.values()), weights.hashes, config.seed, config.max_examples]
+    key, files = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16], []
+    for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
+        name, turns = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
+
+        def make(folder, start=start, name=name, turns=turns):
+            generator = torch.Generator().manual_seed(config.seed + start)
+            samples = replies(assistant.model, [assistant.prompt(pair[:1]) for pair in turns],
+                              assistant.stop, max_new_tokens=256, temperature=1.0, top_p=1.0,
+                              generator=generator)
+            with open(folder / name, "w", encoding="utf-8") as file:
+                for (question, reply), (tokens, _) in zip(turns, samples, strict=True):
+                    rejected = assistant.tokenizer.decode(tokens).strip()
+                    if rejected and rejected != text_of(reply):
+                        json.dump({"prompt": text_of(question), "chosen": text_of(reply),
+                                   "rejected": rejected}, file)
+                        file.write("\n")
+        files.append(kept(f"self-play/{key}-{start}", make) / name)
+    return DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
+
+
+if __name__ == "__main__":
+    run_program(lambda: train(parse(PreferenceConfig, sys.argv[1:], __doc__.splitlines()[0]),
+                              PreferenceTrainer, preference_loss))
