@@ -51,7 +51,7 @@ def find_weights(name: str) -> Found:
     found = Found(path, {"name": name, "from": "a folder"})
     if name in HUB_MODELS or not path.exists():
         found = _from_hub(name, "model", {**HUB_MODELS, "instruct-q4": None})
-    model_folder.check_is_one(found.path)
+    model_folder.check_folder(found.path)
     return found
 
 

@@ -15,9 +15,9 @@ from parrot.system.console import UserError
 from parrot.system.disk import open_to_read, read_json, replace_file, write_json
 
 SUPPORTED = {  # fields that would change the computation, and the values that we compute
-    "model_type": ("llama",), "hidden_act": ("silu", None), "rope_scaling": (None,),
-    "attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None),
-    "partial_rotary_factor": (None,), "sliding_window": (None,), "quantization_config": (None,)}
+    "model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
+    "mlp_bias": (False, None), "rope_scaling": (None,), "partial_rotary_factor": (None,),
+    "sliding_window": (None,), "quantization_config": (None,)}
 FIELDS = {  # kind, largest value that is believed, default
     "vocab_size": (int, 10**6, None), "hidden_size": (int, 10**6, None),
     "intermediate_size": (int, 10**6, None), "num_hidden_layers": (int, 1000, None),
@@ -33,8 +33,8 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
             "repetition_penalty": 1.1}
 
 
-def check_is_one(folder):
-    """UserError where this is not a folder with a model of its own in the one format we read."""
+def check_folder(folder):
+    """UserError where a folder holds no whole model in the one format that we read."""
     folder = Path(folder)
     faults = {"has no config.json": not (folder / "config.json").is_file(),
               "has no model.safetensors": not (folder / "model.safetensors").is_file(),
@@ -85,8 +85,8 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
     """The tensors that `shapes` names, all of them and no others, in `dtype` on `device`."""
     path = Path(folder) / "model.safetensors"
     try:
-        tensors = load(open_to_read(path).read())  # not load_file, which maps: it may change
-    except SafetensorError as error:
+        tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     allowed = {"lm_head.weight": shapes["model.embed_tokens.weight"], **shapes}
     for name in sorted(shapes.keys() | tensors.keys()):

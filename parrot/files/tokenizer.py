@@ -28,7 +28,7 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_buffer(self.content)
             self.backend.no_truncation()
             self.backend.no_padding()
-            whole = self.backend.encode(TRIAL, add_special_tokens=False).ids
+            whole = self.backend.encode(TRIAL).ids  # as other software does it
             self.backend.encode_special_tokens = True  # what spells a special token stays text
             known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]
             self.backend.add_special_tokens(known)  # the file may not mark them as special

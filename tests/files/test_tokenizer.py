@@ -130,6 +130,11 @@ def in_the_file(change):
     (in_the_file({"lstrip": True, "rstrip": True}), "makes other tokens"),
     (lambda c: c.update(added_tokens=[]), "makes other tokens"),
     (in_the_file({"single_word": True}), "makes other tokens"),
+    (lambda c: c.update(post_processor={
+        "type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}),
+     "makes other tokens"),
     (lambda c: c["model"].update(merges=[], vocab={k: v for k, v in c["model"]["vocab"].items() if k != "Ċ"}), "changes text")])
 def test_a_tokenizer_with_a_twist_is_refused(edit, words, tiny_tokenizer, tmp_path):
     content = json.loads(tiny_tokenizer.content)
