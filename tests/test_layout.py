@@ -21,7 +21,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for path in SOURCES}
 # Lines that are not blank. These are to come down, to 3,000 in all, and never to go up: before you
 # add, find what goes.
-BUDGETS = {"lesson": 1093, "fast": 415, "files": 690, "run": 682, "system": 350, "evaluate": 255}
+BUDGETS = {"lesson": 1093, "fast": 415, "files": 681, "run": 682, "system": 355, "evaluate": 255}
 
 
 def folder_of(module):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from parrot.files.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import open_to_read, read_json, replace_file, write_json
 
 SUPPORTED = {  # fields that would change the computation, and the values that we compute
@@ -36,15 +36,13 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
 def check_folder(folder):
     """UserError where a folder holds no whole model in the one format that we read."""
     folder = Path(folder)
-    faults = {"has no config.json": not (folder / "config.json").is_file(),
-              "has no model.safetensors": not (folder / "model.safetensors").is_file(),
-              "is an adapter (adapter_config.json)": (folder / "adapter_config.json").is_file()}
-    for fault, is_so in faults.items():
-        if is_so:
-            raise UserError(
-                f"{folder} {fault}. A single model.safetensors is read: write pickles (.bin, .pt), "
-                "ONNX and several files anew, by transformers' save_pretrained(folder, "
-                "max_shard_size='99GB'); merge an adapter first, by peft's merge_and_unload()")
+    refuse(folder, {
+        "is an adapter: merge it into its model first, by peft's merge_and_unload()":
+            (folder / "adapter_config.json").is_file(),
+        "is no model folder: it has no config.json": not (folder / "config.json").is_file(),
+        "has no model.safetensors: write pickles (.bin, .pt), ONNX or several files anew, by "
+        "transformers' save_pretrained(folder, max_shard_size='99GB')":
+            not (folder / "model.safetensors").is_file()})
 
 
 def read_config(folder) -> dict:
@@ -70,14 +68,11 @@ def read_config(folder) -> dict:
                             f"{kind.__name__} of at most {largest}")
         config[field] = kind(value)
     tied = config["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
-    faults = {
+    refuse(f"{path}:", {
         f"tie_word_embeddings is {tied!r:.60}, expected true or false": not isinstance(tied, bool),
         "num_key_value_heads does not divide num_attention_heads":
             config["num_attention_heads"] % config["num_key_value_heads"],
-        f"head_dim {config['head_dim']} is odd, but RoPE turns pairs": config["head_dim"] % 2}
-    for fault, is_so in faults.items():
-        if is_so:
-            raise UserError(f"{path}: {fault}")
+        f"head_dim {config['head_dim']} is odd, but RoPE turns pairs": config["head_dim"] % 2})
     return config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import open_to_read, read_json
 
 CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -48,15 +48,11 @@ class Tokenizer:
                   for piece in pieces]
         is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
         is_byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
-        faults = {
-            "is no byte-level BPE without dropout": not is_bpe or not is_byte_level,
+        refuse(self.folder / "tokenizer.json", {
+            "is no byte-level BPE like SmolLM2's (or has dropout)": not is_bpe or not is_byte_level,
             f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
             "makes other tokens of a conversation than of its pieces":
-                IM_END in known and sum(tokens, []) != whole}
-        for fault, is_so in faults.items():
-            if is_so:
-                raise UserError(f"{self.folder / 'tokenizer.json'} {fault}; only tokenizers like "
-                                "SmolLM2's are supported")
+                IM_END in known and sum(tokens, []) != whole})
 
     def _read_chat_template(self):
         path = self.folder / "tokenizer_config.json"

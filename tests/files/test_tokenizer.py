@@ -113,7 +113,7 @@ def test_a_tokenizer_that_changes_text_or_joins_it_is_refused(part, tiny_tokeniz
         content["model"]["vocab"]["Ċ1"] = 400
         content["model"]["merges"].insert(0, ["Ċ", "1"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="tokenizer.json .*(SmolLM2|that works here)") as caught:
+    with pytest.raises(UserError, match="tokenizer.json (is|changes|makes) ") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -126,7 +126,7 @@ def in_the_file(change):
 
 
 @pytest.mark.parametrize("edit, words", [
-    (lambda c: c["model"].update(dropout=0.5), "is no byte-level BPE without dropout"),
+    (lambda c: c["model"].update(dropout=0.5), "is no byte-level BPE like SmolLM2"),
     (in_the_file({"lstrip": True, "rstrip": True}), "makes other tokens"),
     (lambda c: c.update(added_tokens=[]), "makes other tokens"),
     (in_the_file({"single_word": True}), "makes other tokens"),
