@@ -58,7 +58,7 @@ def is_held_out(prompt_hash, fraction):
 # ---- conversations -> examples
 
 def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fraction, *,
-                  skip_bad=False, max_examples=None, val_data: DataFiles | None = None, pairs=False):
+                  skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
     Held out is all of `val_data`; without it, a share of the examples, by `is_held_out`. Pairs, for

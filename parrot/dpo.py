@@ -1,4 +1,4 @@
-r"""Preferences: of two replies to a prompt, make the chosen one more probable than the rejected one.
+r"""Preferences: of two replies, make the chosen one more probable than the rejected one.
 
     python -m parrot.dpo --weights out/littleparrot --data PAIRS      prompt, chosen, rejected
     python -m parrot.dpo --weights out/littleparrot --self-play DATA  rejected: the model's own
@@ -15,8 +15,8 @@ starting weights as q. log p of a reply is a sum over its tokens: a mean would b
 no reply, and lengthen or shorten replies for free.
 
     r(chosen) - r(rejected)      0: log 2, no preference yet      large: near 0, nothing to learn
-    a small beta                 log p may move far before the reward, and with it the pull, is used up
-    a large beta                 a short way from the reference is reward enough
+    a small beta                 log p moves far from the reference before the loss is small
+    a large beta                 a short way from the reference is enough
 
 The loop, optimizer and checkpoints are those of train.py; the self-play is SPIN (arXiv:2401.01335).
 """
@@ -104,8 +104,8 @@ class PairBatch(Batch):
 def preference_margins(model, batch: PairBatch, dtype):
     """log p(chosen) - log p(rejected) of each pair (P,)."""
     losses = token_losses(model, batch, dtype)  # (S,), -log p of each token
-    chosen, rejected = torch.stack([part.sum() for part in losses.split(batch.counts)]).view(-1, 2).T
-    return rejected - chosen
+    sums = torch.stack([part.sum() for part in losses.split(batch.counts)])  # (2 P,)
+    return sums[1::2] - sums[0::2]
 
 
 def preference_loss(model, batch: PairBatch, dtype):

@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def source_hash(*sources) -> str:
-    """The sha256 over source files (modules or paths): a part of the key of what they make."""
+    """The sha256 over source files (modules or paths): part of the key of what they make."""
     hashes = [sha256_of(getattr(source, "__file__", source)) for source in sources]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 

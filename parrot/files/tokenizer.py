@@ -4,14 +4,17 @@ A *control token* such as `<|im_end|>` is one id that no text can spell here: ty
 becomes ordinary tokens that end no turn. Only code that asks for `control(...)` gets the id.
 """
 
+import re
 from pathlib import Path
 
 import tokenizers
 
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import open_to_read, read_json
 
 CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TRIAL = ("<|im_start|>system\nBe KIND.<|im_end|>\n<|im_start|>user\nNaïve e\u0301 漢 🦜's\n\n\tx  y"
+         "<|im_end|>\n<|im_start|>assistant\n1. Ho<|im_end|>\n<|im_start|>assistant\né<|im_end|>\n")
 
 
 class Tokenizer:
@@ -23,30 +26,45 @@ class Tokenizer:
         try:
             self.content = open_to_read(path).read()
             self.backend = tokenizers.Tokenizer.from_buffer(self.content)
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            whole = self.backend.encode(TRIAL).ids  # as other software does it
             self.backend.encode_special_tokens = True  # what spells a special token stays text
             known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]
             self.backend.add_special_tokens(known)  # the file may not mark them as special
-            self.backend.no_truncation()
-            self.backend.no_padding()
-            self.decode(self.encode("A trial: é 1"))
-        except KeyboardInterrupt:
+            self._check(whole, known)
+        except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # a panic of the library's Rust code is no Exception
             raise UserError(f"{path} is not a tokenizer that works here: {error}") from None
         self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # with holes
         self.chat_template = self._read_chat_template()
 
+    def _check(self, whole, known):
+        """Refuse what changes text, or what joins text over the seams of chat.pieces_of."""
+        model, text = self.backend.model, self.decode(self.encode(TRIAL))
+        pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
+        tokens = [[self.control(piece)] if piece in known else self.encode(piece)
+                  for piece in pieces]
+        is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
+        is_byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
+        refuse(self.folder / "tokenizer.json", {
+            "is no byte-level BPE like SmolLM2's (or has dropout)": not is_bpe or not is_byte_level,
+            f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
+            "makes other tokens of a conversation than of its pieces":
+                IM_END in known and sum(tokens, []) != whole})
+
     def _read_chat_template(self):
-        path = self.folder / "chat_template.jinja"  # where newer folders keep it
-        if path.is_file():
-            return path.read_text(encoding="utf-8", errors="replace")
         path = self.folder / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.is_file() else None
-        if isinstance(template, list):  # several, each with a name
-            template = next((entry.get("template") for entry in template
-                             if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        if (self.folder / "chat_template.jinja").is_file():  # where newer folders keep it
+            path = self.folder / "chat_template.jinja"
+            template = path.read_text(encoding="utf-8", errors="replace")
         if not isinstance(template, str | None):
             raise UserError(f"{path}: chat_template is not text but {template!r:.60}")
+        if template and IM_START in template and not writes_chatml(template):
+            raise UserError(f"{path}: the chat template does not write turns as chat.py does "
+                            "(<|im_start|>role, new line, text<|im_end|>, new line; no bos_token)")
         return template
 
     def control(self, name: str) -> int:
@@ -72,6 +90,16 @@ class Tokenizer:
     def decode_with_control(self, tokens) -> str:
         """Ids -> text, control tokens shown by name."""
         return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+
+def writes_chatml(template):
+    """Whether a template says of each turn what chat.CHAT_TEMPLATE says. It is not run."""
+    code = template.replace("\\n", "\n").replace('"', "'")
+    code = re.sub(r"message\.(role|content)", r"message['\1']", code)
+    for variation in (" ", "|trim", "(", ")", "'+'"):
+        code = code.replace(variation, "")
+    turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
+    return turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
 
 
 class StreamDecoder:

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.config import Recipe
-from parrot.files.hub import MODEL_FILES, DataFiles, Found
+from parrot.files.hub import DataFiles, Found
 from parrot.run import report
 from parrot.system.console import UserError, say
-from parrot.system.disk import flush, read_json, replace_file, sha256_of, write_json
+from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
 @dataclass
@@ -47,15 +47,13 @@ def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **mo
     """
     names = {"weights": public_name(weights), "data": public_name(data),
              "val_data": config.val_data and Path(config.val_data).name}
-    paths = {path for pattern in MODEL_FILES for path in weights.path.glob(pattern)}
-    files = {path.name: sha256_of(path) for path in sorted(paths) if path.is_file()}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     for path in data.files:
         notes = [note.replace(str(path), path.name) for note in notes]
     return {
         "config": {**asdict(config), **names, "out": Path(config.out).name},
         "dtype": str(dtype).removeprefix("torch."),
-        "weights": {**weights.origin, "name": names["weights"], "files": files},
+        "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
         "data": {**data.origin, "name": names["data"],
                  "files": {path.name: sha256 for path, sha256 in data.hashes.items()}},
         "versions": {"python": platform.python_version(), **versions},

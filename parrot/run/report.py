@@ -13,7 +13,6 @@ from string import Template
 
 from safetensors import SafetensorError
 
-from parrot.config import REPETITION_PENALTY
 from parrot.system.console import UserError, printable
 from parrot.system.disk import read_json, replace_text
 
@@ -40,8 +39,8 @@ def render(folder):
         before, after = about.pop("before", []), about.pop("after", [])
         after = after or [["", "not yet known"]] * len(before)
         replies = [[*old, new[1]] for old, new in zip(before, after, strict=True)]
-        values = {"objective": "", "first_loss": None, "best_loss": None, **about["config"], **about,
-                  "done": len(points(metrics, "train_loss")), "penalty": REPETITION_PENALTY}
+        values = {"first_loss": None, "best_loss": None, **about["config"], **about,
+                  "done": len(points(metrics, "train_loss"))}
         for name in ("weights", "data"):
             values[name] = f"{about[name]['name']} ({about[name]['from']})"
         report = REPORT.substitute(

@@ -24,7 +24,7 @@ from parrot.data import (
     steps_per_epoch,
 )
 from parrot.fast import compiling, memory
-from parrot.files import hub
+from parrot.files import hub, model_folder
 from parrot.run import portrait
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.system.console import Interrupted, StopSignal, UserError, say
@@ -51,6 +51,7 @@ class Trainer:
         with self.processes.one_after_the_other():  # the first downloads and tokenises
             weights = hub.find_weights(config.weights)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
+            self.saved_dtype = model_folder.stored_dtype(weights.path)
             self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
                 self.model, self.dtype, 0 if fast.enabled else config.max_length)
             data = self.find_data(weights)
@@ -78,9 +79,9 @@ class Trainer:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         about = describe(
-            config, weights, data, self.dtype, notes, examples=len(self.train_set),
-            held_out=len(self.val_set), longest=longest, objective=self.objective, steps=self.total_steps,
-            device=name, processes=self.processes.size, compiled=compiled,
+            config, weights, data, self.dtype, notes, objective=self.objective,
+            examples=len(self.train_set), held_out=len(self.val_set), longest=longest,
+            steps=self.total_steps, device=name, processes=self.processes.size, compiled=compiled,
             micro_batch_tokens=self.max_tokens)
         self.processes.check_same({what: about[what]["files"] for what in ("data", "weights")})
         self.folder.open(about, config.resume)
@@ -223,7 +224,7 @@ class Trainer:
             progress.first_loss = loss
         elif progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss = loss
-            self.folder.save_best(self.model, self.tokenizer, self.dtype)
+            self.folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         self._log(**values)
         self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         if self.processes.rank == 0:
@@ -240,7 +241,7 @@ class Trainer:
         """Leave the folder as a finished run, and show what was learned."""
         progress, folder, device = self.progress, self.folder, self.model.device
         if not len(self.val_set):
-            folder.save_best(self.model, self.tokenizer, self.dtype)  # the best we know
+            folder.save_best(self.model, self.tokenizer, self.saved_dtype)  # the best we know
         best = Assistant.of("", self.model, self.tokenizer, "chat")
         if folder.keeps:
             best = Assistant.load("", folder.path, torch.float32, device)

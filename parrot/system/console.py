@@ -18,6 +18,13 @@ class UserError(Exception):
     """Something the user can mend; its text says what was wrong, where, and what to do."""
 
 
+def refuse(subject, faults):
+    """UserError with the first fault of {fault: whether it is so} that is so."""
+    for fault, is_so in faults.items():
+        if is_so:
+            raise UserError(f"{subject} {fault}")
+
+
 class Interrupted(Exception):
     """Interrupted(message, exit status): a signal ended the run in good order."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from parrot import assistant
+from parrot.chat import CHAT_TEMPLATE
 from parrot.files import hub
 from parrot.files.gguf_import import import_gguf
 from parrot.files.tokenizer import CONTROL
@@ -79,7 +80,7 @@ def test_other_architectures_are_refused_by_name(tmp_path):
 
 def test_missing_fields_are_named(tmp_path):
     write_tiny_gguf(tmp_path / "bare.gguf")
-    with pytest.raises(UserError, match="bare.gguf .*tokenizer.ggml.tokens"):
+    with pytest.raises(UserError, match="bare.gguf .*rms_norm_eps"):
         import_gguf(tmp_path / "bare.gguf", tmp_path)
 
 
@@ -99,7 +100,7 @@ def test_biases_are_refused_by_name(gguf_file, tmp_path, monkeypatch):
         reader.tensors.append(norm._replace(name="blk.0.attn_q.bias"))
         return reader
     monkeypatch.setattr(gguf, "GGUFReader", with_a_bias)
-    with pytest.raises(UserError, match="Q4_1.gguf: .*: tensor blk.0.attn_q.bias has no place"):
+    with pytest.raises(UserError, match="Q4_1.gguf: tensor blk.0.attn_q.bias has no place"):
         import_gguf(gguf_file, tmp_path)
 
 
@@ -122,7 +123,7 @@ def tiny_fields(tokenizer):
         "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.chat_template": "<|im_start|><|im_end|>"}
+        "tokenizer.chat_template": CHAT_TEMPLATE}
 
 
 def tiny_tensors():
@@ -196,7 +197,6 @@ def test_whatever_the_fields_hold_it_loads_or_is_refused(data, tiny_tokenizer, t
     (folder / "model").mkdir()
     try:
         import_gguf(folder / "tiny.gguf", folder / "model")
-    except UserError as error:
-        assert str(error).startswith(str(folder / "tiny.gguf")) and "\n" not in str(error)
-    else:
         assistant.load(folder / "model")
+    except UserError as error:
+        assert str(error).startswith(str(folder)) and "\n" not in str(error)

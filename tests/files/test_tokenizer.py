@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from parrot.chat import CHAT_TEMPLATE
 from parrot.files.tokenizer import StreamDecoder, Tokenizer
 from parrot.system.console import UserError
 
@@ -85,4 +87,85 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 def test_a_pipe_in_the_place_of_a_tokenizer_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="is a pipe, not a file"):
+        Tokenizer(tmp_path)
+
+
+CHANGES = {
+    "a normalizer that composes": {"normalizer": {"type": "NFC"}},
+    "a normalizer that lowers": {"normalizer": {"type": "Lowercase"}},
+    "a normalizer that strips": {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+    "an added space": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True,
+                                         "trim_offsets": True, "use_regex": True}},
+    "no cut at a new line": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+                                               "trim_offsets": True, "use_regex": False}},
+    "SentencePiece": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": True,
+                                        "prepend_scheme": "always"},
+                      "decoder": {"type": "Metaspace", "replacement": "▁", "split": True,
+                                  "prepend_scheme": "always"}},
+    "no way back": {"decoder": None},
+    "words": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_tokenizer_that_changes_text_or_joins_it_is_refused(part, tiny_tokenizer, tmp_path):
+    content = {**json.loads(tiny_tokenizer.content), **CHANGES[part]}
+    if part == "no cut at a new line":
+        content["model"]["vocab"]["Ċ1"] = 400
+        content["model"]["merges"].insert(0, ["Ċ", "1"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer.json (is|changes|makes) ") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def in_the_file(change):
+    def edit(content):
+        for token in content["added_tokens"]:
+            token.update(change)
+    return edit
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda c: c["model"].update(dropout=0.5), "is no byte-level BPE like SmolLM2"),
+    (in_the_file({"lstrip": True, "rstrip": True}), "makes other tokens"),
+    (lambda c: c.update(added_tokens=[]), "makes other tokens"),
+    (in_the_file({"single_word": True}), "makes other tokens"),
+    (lambda c: c.update(post_processor={
+        "type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}),
+     "makes other tokens"),
+    (lambda c: c["model"].update(merges=[], vocab={k: v for k, v in c["model"]["vocab"].items() if k != "Ċ"}), "changes text")])
+def test_a_tokenizer_with_a_twist_is_refused(edit, words, tiny_tokenizer, tmp_path):
+    content = json.loads(tiny_tokenizer.content)
+    edit(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"tokenizer.json {words}"):
+        Tokenizer(tmp_path)
+
+
+SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+           "'<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
+           "message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("template", [
+    CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
+    SMOLLM2.replace("message['content']", "(message['content']|trim)"), "[INST] {{ x }} [/INST]"])
+def test_templates_that_are_taken(template, tiny_folder, tmp_path):
+    """The last one is no ChatML: sample.py can still continue texts."""
+    shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert Tokenizer(tmp_path).chat_template == template
+
+
+@pytest.mark.parametrize("template", [
+    "{{ bos_token }}" + SMOLLM2, SMOLLM2.replace("'<|im_start|>' +", "bos_token + '<|im_start|>' +"),
+    SMOLLM2.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'"), SMOLLM2.replace("assistant\\n", "assistant"),
+    SMOLLM2.replace("message['role'] + '\\n'", "message['role'] + '<|im_sep|>'"), ["named"]])
+def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
+    shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(UserError, match="tokenizer_config.json: .*chat.template"):
         Tokenizer(tmp_path)

@@ -24,6 +24,10 @@ ABOUT = {"data": {"files": {}}, "weights": {"files": {}}, "config": asdict(Train
          "dtype": "float32"}
 
 
+def folder_at(path, writes=True):
+    return RunFolder(TrainConfig(out=str(path)), writes)
+
+
 def trained(steps):
     """A model and its optimizer after some steps."""
     model = tiny_model()
@@ -39,7 +43,7 @@ def trained(steps):
 def folder(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "checkpoint").mkdir()
-    return RunFolder(tmp_path)
+    return folder_at(tmp_path)
 
 
 def same(a, b):
@@ -94,21 +98,21 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkey
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    first = RunFolder(tmp_path / "run")
+    first = folder_at(tmp_path / "run")
     first.open(ABOUT, resume=False)
     for resume in (True, False):
         with pytest.raises(UserError, match="another train.py is at work in .*run"):
-            RunFolder(tmp_path / "run").open({**ABOUT, "device": "another"}, resume)
+            folder_at(tmp_path / "run").open({**ABOUT, "device": "another"}, resume)
     assert disk.read_json(first.path / "run.json") == ABOUT
-    RunFolder(tmp_path / "run", writes=False).open(ABOUT, resume=True)  # torchrun's other processes
+    folder_at(tmp_path / "run", writes=False).open(ABOUT, resume=True)  # torchrun's other processes
     first.lock.close()  # as the kernel does for a process that dies
     with pytest.raises(UserError, match="holds an unfinished run"):
-        RunFolder(tmp_path / "run").open(ABOUT, resume=False)
-    RunFolder(tmp_path / "run").open(ABOUT, resume=True)
+        folder_at(tmp_path / "run").open(ABOUT, resume=False)
+    folder_at(tmp_path / "run").open(ABOUT, resume=True)
     # It ended while another loaded:
     disk.write_json(tmp_path / "run" / "run.json", {**ABOUT, "finished": True})
     with pytest.raises(UserError, match="what is finished is neither resumed"):
-        RunFolder(tmp_path / "run").open(ABOUT, resume=True)
+        folder_at(tmp_path / "run").open(ABOUT, resume=True)
 
 
 def test_metrics_are_rewound_to_the_checkpoint(folder):
@@ -124,12 +128,12 @@ def test_metrics_are_rewound_to_the_checkpoint(folder):
 
 
 def test_a_run_that_was_killed_before_its_first_metrics(tmp_path):
-    first = RunFolder(tmp_path / "run")
+    first = folder_at(tmp_path / "run")
     first.open(ABOUT, resume=False)
     first.lock.close()
     first.metrics.unlink()
     (first.path / ".metrics.jsonl.x.part").mkdir()
-    second = RunFolder(tmp_path / "run")
+    second = folder_at(tmp_path / "run")
     second.open(ABOUT, resume=True)
     assert second.restore(*trained(0)) == Progress()
     second.log(step=1)
@@ -144,7 +148,7 @@ def test_other_peoples_folders_are_left_alone(name, tmp_path):
     path = tmp_path if name else tmp_path / "file"
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, NotADirectoryError), match=f"{path}"):
-        RunFolder(path).begin(resume=False)
+        folder_at(path).begin(resume=False)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -269,9 +273,9 @@ def test_links_are_not_followed(tmp_path):
     for name in ("lock.part", "run.json.part", "report.html.part"):
         (folder / name).symlink_to(tmp_path / "mine")
     with pytest.raises(UserError, match="cannot write into"):
-        RunFolder(folder).open(ABOUT, resume=False)
+        folder_at(folder).open(ABOUT, resume=False)
     (folder / "lock.part").unlink()
-    RunFolder(folder).open(ABOUT, resume=False)
+    folder_at(folder).open(ABOUT, resume=False)
     assert (tmp_path / "mine").read_text() == "mine"
     assert json.loads((folder / "run.json").read_text()) == ABOUT
 
@@ -281,9 +285,9 @@ def test_links_are_not_followed(tmp_path):
 def test_a_run_json_of_something_else_is_named(about, tmp_path):
     (tmp_path / "run.json").write_text(about)
     with pytest.raises(UserError, match="run.json"):
-        RunFolder(tmp_path).begin(resume=True)
+        folder_at(tmp_path).begin(resume=True)
         check_same(tmp_path / "run.json", {"data": {"files": {}}, "weights": {"files": {}},
-                                           "config": asdict(TrainConfig()), "dtype": "float32"})
+                                           "config": asdict(TrainConfig()), "dtype": "float32"}, TrainConfig())
 
 
 @pytest.fixture
@@ -314,14 +318,14 @@ def test_resuming_compares_what_was_computed(about, tmp_path):
     path = tmp_path / "run.json"
     disk.write_json(path, about(dtype=torch.float32))
     assert about()["config"]["dtype"] == "bfloat16" and about()["dtype"] == "float32"
-    check_same(path, about(dtype=torch.float32))
-    check_same(path, about(**{"out": "elsewhere", "save_every": 7, "device": "cpu"}))
+    check_same(path, about(dtype=torch.float32), TrainConfig())
+    check_same(path, about(**{"out": "elsewhere", "save_every": 7, "device": "cpu"}), TrainConfig())
     with pytest.raises(UserError, match="--dtype was float32 and is now bfloat16"):
-        check_same(path, about(dtype=torch.bfloat16))
+        check_same(path, about(dtype=torch.bfloat16), TrainConfig())
     with pytest.raises(UserError, match="--epochs was 3 and is now 4"):
-        check_same(path, about(epochs=4))
+        check_same(path, about(epochs=4), TrainConfig())
     with pytest.raises(UserError, match="the data's sha256 was"):
-        check_same(path, about(more="c"))
+        check_same(path, about(more="c"), TrainConfig())
 
 
 def test_other_weights_of_the_same_name_are_not_resumed(about, tmp_path, tiny_folder):
@@ -330,11 +334,11 @@ def test_other_weights_of_the_same_name_are_not_resumed(about, tmp_path, tiny_fo
     other.mkdir()
     for file in tiny_folder.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    check_same(path, about(weights=other))
+    check_same(path, about(weights=other), TrainConfig())
     (other / "config.json").write_text("{}")
     os.mkfifo(other / "model-00001-of-00002.safetensors")  # is not read
     with pytest.raises(UserError, match="the weights' sha256 was"):
-        check_same(path, about(weights=other))
+        check_same(path, about(weights=other), TrainConfig())
 
 
 def test_a_model_of_another_shape(folder):
