@@ -16,6 +16,7 @@ import torch
 from parrot import fast
 from parrot.assistant import Assistant
 from parrot.config import SampleConfig
+from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import StreamDecoder
 from parrot.sampling import generate, replies
@@ -55,9 +56,14 @@ def newest_run():
 
 def load(name, config) -> Assistant:
     device, dtype = pick(config.device, config.dtype)
-    one_reply = config.prompt is not None and config.num_samples == 1
-    return Assistant.load(name, hub.find_weights(name).path, dtype, device, config.format,
-                          writes=not one_reply)  # packing takes longer than one reply gains
+    many = config.num_samples > 1
+    if config.dtype == "bfloat16" and fast.enabled and not many and pays(device):
+        dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
+    assistant = Assistant.load(name, hub.find_weights(name).path, dtype, device, config.format,
+                               many)
+    if config.system is not None:
+        assistant.system = config.system
+    return assistant
 
 
 def settings(config):

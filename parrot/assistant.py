@@ -42,14 +42,14 @@ class Assistant:
     system: str | None  # the system turn that its template adds by itself
 
     @classmethod
-    def load(cls, name, folder, dtype, device, format="auto", writes=True):
+    def load(cls, name, folder, dtype, device, format="auto", many=True):
         """A model folder -> Assistant. format: chat, plain, or auto: as the folder is.
 
-        writes: more than one reply, so that packing the weights (up to a second) pays.
+        many: it writes several replies at once, so that it pays to arrange the weights for that.
         """
         model, tokenizer = load(folder, dtype, device)
-        if fast.enabled and writes:  # fast/packed.py
-            model = pack(model)
+        if fast.enabled:  # fast/packed.py
+            model = pack(model, many)
         return cls.of(name, model, tokenizer, format)
 
     @classmethod

@@ -45,7 +45,7 @@ from parrot.run.trainer import Trainer
 from parrot.sampling import replies
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program
-from parrot.system.device import send
+from parrot.system.device import pick, send
 from parrot.training import token_losses
 from train import train
 
@@ -131,10 +131,8 @@ class PreferenceTrainer(Trainer):
     """A Trainer of pairs, whose reference is the model as it was loaded."""
     objective = "Direct Preference Optimization (arXiv:2305.18290) against the starting weights"
 
-    def find_data(self, weights):
-        if self.config.data:
-            return hub.find_data(self.config.data)
-        return self_play(self.config, weights, self.model.device)
+    def find_data(self):
+        return super().find_data() if self.config.data else self_play(self.config)
 
     def load_data(self, data: DataFiles):
         *sets, notes = super().load_data(data, pairs=True)
@@ -189,12 +187,13 @@ class PreferenceTrainer(Trainer):
         return dict(zip(("val_loss", "val_margin", "val_accuracy"), means, strict=True))
 
 
-def self_play(config: PreferenceConfig, weights: hub.Found, device) -> DataFiles:
+def self_play(config: PreferenceConfig) -> DataFiles:
     """Data -> pairs: the data's reply is chosen, a sample of the model is rejected.
 
     Samples are kept, AT_ONCE in a file, so that one who was stopped goes on.
     """
-    data = hub.find_data(config.self_play)
+    data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
+    device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
     assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")

@@ -22,7 +22,7 @@ def test_every_field_is_a_flag_with_its_default():
 def test_the_preset_sets_defaults_that_flags_override():
     preset = train("--quickstart")
     assert (preset.weights, preset.out) == ("instruct-q4", "out/quickstart")
-    assert train("--quickstart", "--data", "mine.jsonl").data == "mine.jsonl"
+    assert train("--quickstart", "--data", "mine.jsonl").data == ["mine.jsonl"]
 
 
 def test_the_floor_is_a_tenth_of_the_peak_unless_given():

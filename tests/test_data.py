@@ -138,7 +138,7 @@ def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_to
     monkeypatch.setattr(data, "PART", 6)
     path, read = records_file(some_records(20)), []
 
-    def read_from(path, bad, start, stop):
+    def read_from(path, bad, start, stop, pairs):
         read.append(start)
         if len(read) == 3:
             raise KeyboardInterrupt

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM
 from parrot import assistant, dpo
 from parrot.chat import encode_chat
 from parrot.config import REPETITION_PENALTY  # noqa: F401
-from parrot.dpo import PairBatch, Pairs, PreferenceConfig, PreferenceTrainer, preference_loss, preference_margins
+from parrot.dpo import (
+    PairBatch,
+    Pairs,
+    PreferenceConfig,
+    PreferenceTrainer,
+    preference_loss,
+    preference_margins,
+)
 from parrot.files.examples import Examples
 from parrot.files.records import BadRecord, read_conversations, to_pair
 from parrot.model import Llama

@@ -19,7 +19,7 @@ class FastStep:
     """As attention.Step."""
 
     def __init__(self, cache, positions):
-        self.cache, self.positions = cache, positions  # (B,)
+        self.positions = positions  # (B,)
         device, longest = positions.device, cache.keys.shape[3]
         if device.type == "cpu":  # a GPU would be waited for, and a graph needs fixed shapes
             longest = int(positions.max()) + 1
@@ -28,7 +28,7 @@ class FastStep:
         self.index = (rows, slice(None), positions)
         self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
         if device.type == "cpu" and self.visible.all():  # as with replies to one prompt
-            self.index, self.visible = (slice(None), slice(None), longest - 1), None
+            self.index, self.visible = (slice(None), slice(None), -1), None
         # All layers at once: 30 slices take longer.
         self.keys = cache.keys[:, :, :, :longest].unbind()
         self.values = cache.values[:, :, :, :longest].unbind()
@@ -36,7 +36,7 @@ class FastStep:
     def attend(self, layer, q, k, v):
         """q (B, H, D), k and v (B, K, D) -> (B, H, D)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, T, D)
-        self.cache.write(layer, self.index, k, v)
+        keys[self.index], values[self.index] = k.to(keys.dtype), v.to(keys.dtype)
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
         y = F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible)
         return y.flatten(1, 2).to(q.dtype)

@@ -2,9 +2,11 @@
 
 For one new token each weight is used once, so what counts is how fast the weights come from memory
 and how many small operations stand between. Here matrices that read the same row are one, RMSNorm's
-weights are part of the matrix that follows, the rotation is a product of complex numbers, and
-oneDNN, the library under torch's products, has the matrices in an order of its own (in bfloat16 for
-more rows than one: see one_row_by_torch).
+weights are part of the matrix that follows, and the rotation is a product of complex numbers.
+One reply at a time: the weights stay in bfloat16 even where the CPU has no units for it, because
+torch's own product with one row reads them from memory at the same bytes per second; products with
+more rows, the prompt, are in float32 there. Many at once: oneDNN, the library under torch's
+products, has the matrices in an order of its own, which takes it a second.
 On two cores 9.5 ms a token instead of 12.2 in bfloat16, 1.5 times as fast in float32.
 Held equal to the plain network by tests/fast/test_packed.py.
 """
@@ -20,42 +22,54 @@ from parrot.system.device import multiplies_bfloat16
 class PackedLinear:
     """Linear layers with the same input, as one; scale (in,): what else would multiply it."""
 
-    def __init__(self, *weights, scale=1.0):
-        weight = (torch.cat(weights) * scale).to(weights[0].dtype).detach()
-        self.weight = weight.T if weight.dtype == torch.bfloat16 else None
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # suits 16 rows
+    def __init__(self, *weights, scale=None, many):
+        weight = weights[0].detach()
+        if scale is not None:
+            weight = (torch.cat(weights) * scale).to(weight.dtype).detach()
+        self.weight, self.packed = weight.T, None
+        if many:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # suits 16 rows
+            if weight.dtype == torch.float32:
+                self.weight = None  # its own order is as good for one row
 
     def __call__(self, x, stream=None):
         """x (N, in) -> the product (N, all outs), added to the stream if there is one."""
-        if len(x) > 1 or self.weight is None:
+        if self.packed is not None and (len(x) > 1 or self.weight is None):
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-            return y if stream is None else stream + y
-        return x @ self.weight if stream is None else torch.addmm(stream, x, self.weight)
+        elif len(x) > 1:
+            y = x @ self.weight.to(x.dtype)
+        elif stream is None or stream.dtype != self.weight.dtype:
+            y = x.to(self.weight.dtype) @ self.weight
+        else:
+            return torch.addmm(stream, x, self.weight)
+        return y if stream is None else stream + y
 
 
 class PackedBlock:
     """model.Block in four products."""
 
-    def __init__(self, block):
+    def __init__(self, block, many):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
         root = block.input_layernorm.weight.numel() ** 0.5  # see PackedLlama.length
         before = block.input_layernorm.weight.float() * root
         between = block.post_attention_layernorm.weight.float() * root
         q, k = (pairs_together(p.weight, D) for p in (attention.q_proj, attention.k_proj))
-        self.qkv_proj = PackedLinear(q, k, attention.v_proj.weight, scale=before)
-        self.o_proj = PackedLinear(attention.o_proj.weight)
-        self.gate_up_proj = PackedLinear(mlp.gate_proj.weight, mlp.up_proj.weight, scale=between)
-        self.down_proj = PackedLinear(mlp.down_proj.weight)
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        self.qkv_proj = PackedLinear(q, k, attention.v_proj.weight, scale=before, many=many)
+        self.o_proj = PackedLinear(attention.o_proj.weight, many=many)
+        self.gate_up_proj = PackedLinear(gate, up, scale=between, many=many)
+        self.down_proj = PackedLinear(mlp.down_proj.weight, many=many)
 
 
 class PackedLlama:
     """What model.Llama is to whoever writes replies with it."""
 
-    def __init__(self, model):
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+    def __init__(self, model, many=True):
+        self.config, self.device = model.config, model.device
+        self.dtype = model.dtype if multiplies_bfloat16(model.device) else torch.float32
         self.embed_tokens, self.norm = model.model.embed_tokens, model.model.norm
-        self.blocks = [PackedBlock(block) for block in model.model.layers]
-        self.lm_head = PackedLinear(model.lm_head.weight)
+        self.blocks = [PackedBlock(block, many) for block in model.model.layers]
+        self.lm_head = PackedLinear(model.lm_head.weight, many=many)
         self.least = torch.tensor((model.config.hidden_size * model.config.rms_norm_eps) ** 0.5)
 
     def length(self, x):
@@ -69,7 +83,7 @@ class PackedLlama:
         D = self.config.head_dim
         turns = turns_of(layout.positions, D, self.config.rope_theta)[:, None].expand(N, H + K, -1)
         turns = torch.cat([turns, turns.new_ones(N, K, D // 2)], dim=1)  # v does not turn
-        x = self.embed_tokens(tokens)  # (N, C)
+        x = self.embed_tokens(tokens).to(self.dtype)  # (N, C)
         with one_row_by_torch(N):
             for layer, block in enumerate(self.blocks):
                 qkv = (block.qkv_proj(x) / self.length(x)).view(N, -1, D // 2, 2)
@@ -103,13 +117,12 @@ def pairs_together(weight, head_dim):
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def pays(device, dtype):
-    """Whether packing was seen to pay: on x86, in float32 or with bfloat16 units."""
+def pays(device):
+    """Whether packing was seen to pay: on x86."""
     is_x86 = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
-    return (is_x86 and torch.backends.mkldnn.is_available()
-            and (dtype == torch.float32 or multiplies_bfloat16(device)))
+    return is_x86 and torch.backends.mkldnn.is_available()
 
 
-def pack(model):
+def pack(model, many):
     """A Llama that is only to write -> a packed one where that pays, else itself."""
-    return PackedLlama(model) if pays(model.device, model.dtype) else model
+    return PackedLlama(model, many) if pays(model.device) else model

@@ -47,7 +47,7 @@ def main():
     question, answer, *names = sys.argv[1:]
     for name in names:
         folder, device = hub.find_weights(name).path, pick_device("auto")
-        assistant = Assistant.load(name, folder, torch.float32, device, writes=False)
+        assistant = Assistant.load(name, folder, torch.float32, device, many=False)
         tokens = [*assistant.tokenizer.encode(answer), assistant.tokenizer.control(IM_END)]
         losses = losses_of(assistant, question, tokens)
         print(printable(name))

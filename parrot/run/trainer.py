@@ -49,12 +49,11 @@ class Trainer:
         if fast.enabled:
             memory.keep_freed()  # before the first tensor
         with self.processes.one_after_the_other():  # the first downloads and tokenises
-            weights = hub.find_weights(config.weights)
+            data, weights = self.find_data(), hub.find_weights(config.weights)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
             self.saved_dtype = model_folder.stored_dtype(weights.path)
             self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
                 self.model, self.dtype, 0 if fast.enabled else config.max_length)
-            data = self.find_data(weights)
             self.train_set, self.val_set, notes = self.load_data(data)
         longest, context = self.train_set.longest, self.model.config.max_position_embeddings
         if longest > context:
@@ -75,22 +74,26 @@ class Trainer:
         self.prompts = [[{"role": "user", "content": question}] for question in questions]
         self.prompts += islice(short_questions(self.val_set, self.tokenizer), 3)
         self.progress = Progress()
-        if config.dry_run:
-            return
+        if not config.dry_run:
+            self._open(weights, data, notes, compiled)
+
+    def _open(self, weights, data, notes, compiled):
+        """Begin the run's folder, or go on from its checkpoint."""
+        config, device, folder = self.config, self.model.device, self.folder
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         about = describe(
             config, weights, data, self.dtype, notes, objective=self.objective,
-            examples=len(self.train_set), held_out=len(self.val_set), longest=longest,
-            steps=self.total_steps, device=name, processes=self.processes.size, compiled=compiled,
-            micro_batch_tokens=self.max_tokens)
+            examples=len(self.train_set), held_out=len(self.val_set), steps=self.total_steps,
+            longest=self.train_set.longest, device=name, processes=self.processes.size,
+            compiled=compiled, micro_batch_tokens=self.max_tokens)
         self.processes.check_same({what: about[what]["files"] for what in ("data", "weights")})
-        self.folder.open(about, config.resume)
+        folder.open(about, config.resume)
         if config.resume:  # one process reads the checkpoint: the others may share no disk with it
-            restored = self.folder.restore(self.model, self.optimizer)
+            restored = folder.restore(self.model, self.optimizer)
             tensors = tensors_of(self.model, self.optimizer).values()
             self.progress = self.processes.copy_first(restored, tensors)
 
-    def find_data(self, weights):
+    def find_data(self):
         """The DataFiles to train on."""
         return hub.find_data(self.config.data)
 
@@ -228,9 +231,9 @@ class Trainer:
         self._log(**values)
         self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         if self.processes.rank == 0:
-            more = "".join(f", {name} {value:.4f}" for name, value in values.items())
-            self.bar.write(f"step {progress.step}{more}".replace("val_loss", "held-out loss"),
-                           file=sys.stderr)
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            figures = figures.replace("val_", "held-out ")
+            self.bar.write(f"step {progress.step}: {figures}", file=sys.stderr)
 
     def _diverged(self, reason):
         return UserError(

@@ -28,6 +28,7 @@ from parrot.assistant import Assistant
 from parrot.chat import default_system, encode_prompt
 from parrot.data import examples_of_step, load_examples
 from parrot.fast import memory
+from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import Tokenizer
 from parrot.sampling import generate
@@ -111,7 +112,9 @@ def train_trl_with_our_malloc(args, **settings):
 
 def write_ours(num_tokens, samples=1):
     """Tokens per second of our replies, reading the prompt included."""
-    assistant = Assistant.load("", weights_folder(), common_dtype(), pick_device("auto"))
+    device, many = pick_device("auto"), samples > 1
+    dtype = common_dtype() if many or not pays(device) else torch.bfloat16  # as sample.py
+    assistant = Assistant.load("", weights_folder(), dtype, device, many=many)
     prompt = assistant.prompt(MESSAGES)
     started = time.perf_counter()
     steps = generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,
@@ -129,7 +132,8 @@ def write_transformers(num_tokens):
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True,
                                            return_tensors="pt", return_dict=True).to(device)
     started = time.perf_counter()
-    model.generate(**prompt, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+    model.generate(**prompt, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False,
+                   repetition_penalty=1.0)
     return num_tokens / (time.perf_counter() - started)
 
 
@@ -193,7 +197,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], return_tensors="pt",
                                        add_generation_prompt=True, return_dict=True)
 streamer = TextStreamer(tokenizer, skip_prompt=True)
-model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=True, streamer=streamer)
+model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=True, streamer=streamer,
+               repetition_penalty=1.0)
 """
 
 

@@ -20,9 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from parrot import assistant
 from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES
 from parrot.data import load_examples
+from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.sampling import generate
 from parrot.system.console import UserError, run_program
@@ -128,22 +130,21 @@ def measure(args):
                "sample.py to its first word, s": first_word(folder, device, args.dtype)}
 
     rate, peak = train(folder, args)
-    unpacked = Assistant.load("", folder, dtype, device, writes=False)
-    examples, _, _ = load_examples(hub.find_data(args.data), unpacked.tokenizer, 2048, 0.0)
-    flop = flop_per_token(unpacked.model, examples.lengths.astype(float),
-                          examples.is_target.mean())
-    size = sum(parameter.nbytes for parameter in unpacked.model.parameters())
+    model, tokenizer = assistant.load(folder, dtype, device)
+    examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
+    flop = flop_per_token(model, examples.lengths.astype(float), examples.parts[0][1].mean())
     figures["training, tokens/s"] = rate
     figures["training, share of the matrix product's rate"] = (
         rate * flop / figures["matrix product, FLOP/s"])
     if peak:
         figures["training, peak memory, bytes"] = peak
 
-    assistant = Assistant.load("", folder, dtype, device)
-    one = write(assistant, 1)
+    kept = torch.bfloat16 if pays(device) else dtype  # as sample.py
+    size = kept.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    one = write(Assistant.load("", folder, kept, device, many=False), 1)
     figures["one reply, tokens/s"] = one
     figures["one reply, share of the memory's rate"] = one * size / figures["memory read, bytes/s"]
-    figures["16 replies, tokens/s together"] = write(assistant, 16)
+    figures["16 replies, tokens/s together"] = write(Assistant.load("", folder, dtype, device), 16)
     return figures
 
 

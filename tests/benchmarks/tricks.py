@@ -30,6 +30,7 @@ from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES, QUICKSTART, TrainConfig
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
 from parrot.fast import compiling, memory
+from parrot.fast.packed import pack, pays
 from parrot.files import hub
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 
@@ -54,7 +55,7 @@ PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, nam
                     (sampling, "cache_dtype", lambda model: model.dtype)],
     "captured step": [(sampling, "CapturedStep", lambda: sampling.logits_after)],
     "nucleus": [(sampling, "likeliest", nothing)],  # then `ordered` sorts
-    "packed": [(assistant, "pack", lambda model: model)]}
+    "packed": [(assistant, "pack", lambda model, many: model)]}
 
 
 @contextlib.contextmanager
@@ -109,7 +110,14 @@ def write_replies(args, samples):
     """Tokens per second of so many replies at once, reading the prompt not counted."""
     device, dtype = pick(args.device, args.dtype)
     folder = hub.find_weights(args.weights).path
-    return write(Assistant.load("", folder, dtype, device), samples, args.tokens)
+    if samples == 1 and is_packed() and pays(device):
+        dtype = torch.bfloat16  # as sample.py
+    return write(Assistant.load("", folder, dtype, device, many=samples > 1), samples, args.tokens)
+
+
+def is_packed():
+    """Whether this row has fast/packed.py."""
+    return fast.enabled and assistant.pack is pack
 
 
 def run_row(title, num_speed_ups, args):

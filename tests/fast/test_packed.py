@@ -10,35 +10,38 @@ from parrot import assistant
 from parrot.attention import Ribbon
 from parrot.fast import packed, tiles
 from parrot.sampling import generate
+from parrot.system.device import multiplies_bfloat16
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def dtype(request):
-    if not packed.pays(CPU, request.param):
+@pytest.fixture(params=[(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str)
+def kind(request):
+    """(type of the weights, whether they are arranged for many replies)"""
+    if not packed.pays(CPU):
         pytest.skip("this CPU's products are not packed")
+    if request.param == (torch.bfloat16, True) and not multiplies_bfloat16(CPU):
+        pytest.skip("this CPU has no bfloat16 units")
     return request.param
 
 
 def test_packed_where_it_was_seen_to_pay(monkeypatch):
-    assert not packed.pays(torch.device("cuda"), torch.bfloat16)
+    assert not packed.pays(torch.device("cuda"))
     monkeypatch.setattr(packed.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    for units in (True, False):
-        monkeypatch.setattr(packed, "multiplies_bfloat16", lambda _, units=units: units)
-        assert packed.pays(CPU, torch.float32) and packed.pays(CPU, torch.bfloat16) == units
+    assert packed.pays(CPU)
     monkeypatch.setattr(packed.platform, "machine", lambda: "arm64")
-    assert not packed.pays(CPU, torch.float32)
+    assert not packed.pays(CPU)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_same_logits_for_any_shape(heads, kv_heads, tied, dtype, monkeypatch):
+def test_the_same_logits_for_any_shape(heads, kv_heads, tied, kind, monkeypatch):
+    dtype, many = kind
     exact = tiny_model(tiny_config(heads, kv_heads, tied)).double()
     plain = copy.deepcopy(exact).to(dtype)
     ours = copy.deepcopy(plain)
-    ours = packed.pack(ours)
+    ours = packed.pack(ours, many)
     assert isinstance(ours, packed.PackedLlama)
     tokens = torch.arange(40) * 7 % 320
     for lengths, longest in (([25, 15], 2048), ([1], 2048), ([25, 15], 20)):  # the last is attended to in another way
@@ -48,15 +51,22 @@ def test_the_same_logits_for_any_shape(heads, kv_heads, tied, dtype, monkeypatch
             expected, near, found = (model.logits(model(some, ribbon)).double() for model in (exact, plain, ours))
         # no further from the truth than its type is
         assert (found - expected).norm() <= 1.2 * (near - expected).norm() + 1e-6 * expected.norm()
-    assert ours.device.type == "cpu" and ours.dtype == dtype
+    assert ours.device.type == "cpu" and ours.dtype == (dtype if multiplies_bfloat16(CPU) else torch.float32)
 
 
-def test_the_real_model_writes_the_same_reply(q4_folder, dtype):
-    model, tokenizer = assistant.load(q4_folder, dtype, CPU)
+def test_the_real_model_writes_the_same_reply(q4_folder, kind):
+    dtype, many = kind
+    plain, tokenizer = assistant.load(q4_folder, dtype if multiplies_bfloat16(CPU) else torch.float32, CPU)
     prompt = tokenizer.encode("The capital of France is")
+    ours = packed.pack(assistant.load(q4_folder, dtype, CPU)[0], many)
+    expected, reply = (list(generate(model, [prompt], {0, 2}, max_new_tokens=24, temperature=0, top_p=1))
+                       for model in (plain, ours))
+    assert reply == expected and len(expected) == 24
 
-    def reply():
-        return list(generate(model, [prompt], {0, 2}, max_new_tokens=24, temperature=0, top_p=1))
-    expected = reply()
-    model = packed.pack(model)
-    assert reply() == expected and len(expected) == 24
+
+def test_one_reply_keeps_the_weights_in_16_bits(q4_folder, kind):
+    dtype, many = kind
+    model = packed.pack(assistant.load(q4_folder, dtype, CPU)[0], many)
+    if not many:
+        kept = [layer.weight.dtype for block in model.blocks for layer in vars(block).values()]
+        assert set(kept) == {dtype} and all(layer.packed is None for layer in vars(model.blocks[0]).values())

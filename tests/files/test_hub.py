@@ -120,7 +120,7 @@ def server(tiny_folder):
         "datasets/databricks/databricks-dolly-15k": {
             "databricks-dolly-15k.jsonl": dolly, "README.md": b"# hi"},
         "datasets/me/split": {"data/train-0.jsonl": dolly, "data/test-0.jsonl": b"{}"},
-        "datasets/me/many": {"a.jsonl": dolly, "b.jsonl": dolly}}
+        "datasets/me/many": {"en/train.jsonl": dolly, "fr/train.jsonl": dolly}}
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -140,7 +140,7 @@ def find(server, tmp_path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **variables}
         code = (f"from parrot.files import hub; from parrot.system.console import run_program\n"
-                f"run_program(lambda: print(hub.find_{kind}({name!r}).path))")
+                f"run_program(lambda: print(hub.find_{kind}({name!r}).{'path' if kind == 'weights' else 'files[0]'}))")
         return run(["-c", code], ROOT, environment)
     return find
 
@@ -176,7 +176,9 @@ def test_data_from_the_hub(find):
     assert done.returncode == 0 and Path(done.stdout.strip()).read_text().count("\n") == 20
     assert find("data", "dolly", HF_HUB_OFFLINE="1").stdout == done.stdout
     assert find("data", "me/split").stdout.strip().endswith("train-0.jsonl")
-    assert "has 2 data files (a.jsonl, b.jsonl" in message_of(find("data", "me/many"))
+    assert find("data", "me/split:test").stdout.strip().endswith("test-0.jsonl")
+    assert find("data", "me/split:test", HF_HUB_OFFLINE="1").stdout.strip().endswith("test-0.jsonl")
+    assert "several parts: choose one, as --data me/many:en/train (fr/train)" in message_of(find("data", "me/many"))
 
 
 def test_the_token_is_used_and_never_shown(find):
@@ -265,12 +267,11 @@ def test_names_that_are_nothing(name, words):
 
 def test_local_folders_and_files(tiny_folder, tmp_path, records_file):
     assert hub.find_weights(str(tiny_folder)).path == tiny_folder
-    assert hub.find_data(str(records_file(some_records(2)))).path == tmp_path / "records.jsonl"
-    assert hub.find_data("quickstart").path.name == "quickstart.jsonl"
+    assert hub.find_data(str(records_file(some_records(2)))).files == [tmp_path / "records.jsonl"]
+    assert hub.find_data("quickstart").files == [hub.QUICKSTART_DATA]
     with pytest.raises(UserError, match="no config.json"):
         hub.find_weights(str(tmp_path))
-    with pytest.raises(UserError, match="is a folder"):
-        hub.find_data(str(tmp_path))
+    assert hub.find_data(str(tmp_path)).files == [tmp_path / "records.jsonl"]
 
 
 # ---- the wheel
