@@ -101,6 +101,9 @@ def test_examples_in_docstrings(module):
     assert doctest.testmod(imported).failed == 0
 
 
+OTHERS = {"--help", "--nproc", "--nnodes", "--rdzv"}  # the last three are torchrun's
+
+
 def test_the_readmes_name_real_flags_and_files():
     flags = {"--" + field.name.replace("_", "-")
              for config in (TrainConfig, SampleConfig, EvaluateConfig, PreferenceConfig) for field in fields(config)}
@@ -108,7 +111,7 @@ def test_the_readmes_name_real_flags_and_files():
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text(encoding="utf-8")))
     for path in (ROOT / "README.md", PARROT / "README.md", ROOT / "tests/benchmarks/README.md"):
         text = path.read_text(encoding="utf-8")
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | {"--help"}, path
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | OTHERS, path
         for name in re.findall(r"`((?:parrot|tests)/[\w/]+\.\w+|\w+\.py)`", text):
             places = (ROOT / name, PARROT / name, ROOT / "tests" / "benchmarks" / name)
             assert any(place.exists() for place in places), f"{path}: {name}"
