@@ -1,7 +1,7 @@
 """model.Block.forward, faster: compiled (torch.compile), the same but for rounding.
 
-Compiling fuses the many small passes over memory (norm, rotation, SiLU, sums) into few. It takes
-half a minute once a process, and gave 5% of the tokens per second on two cores.
+Compiling fuses the small passes over memory (norm, rotation, SiLU, sums). It takes half a minute
+per process, and gave 5% more tokens per second on two cores.
 Held equal to the plain block by tests/fast/test_compiling.py.
 """
 
@@ -10,7 +10,7 @@ import torch
 from parrot.system.console import UserError, say
 from parrot.system.device import autocast
 
-# Tokens to train on from which "auto" compiles: less would not earn the half minute back.
+# "auto" compiles from so many tokens on: fewer would not earn the half minute back.
 EARNED_BACK = {"cpu": 500_000, "cuda": 500_000, "mps": float("inf")}
 
 

@@ -4,8 +4,8 @@
     CUDA, 16 bits, compute capability 8.0       torch's varlen_attn: all documents in one call
     the rest, and ROCm, where it was never run  torch's own attention, a document at a time
 
-A ribbon of 900 tokens, the real model forward and back on a core without bfloat16 units: 11.3 s and
-2.7 GB in tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
+A ribbon of 900 tokens, forward and back on a core without bfloat16 units: 11.3 s and 2.7 GB in
+tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
 """
 
 import torch
@@ -42,7 +42,6 @@ class FastAttention:
 
 
 def document_by_document(q, k, v, lengths):
-    """torch's scaled_dot_product_attention on each document."""
     q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
                for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
@@ -50,6 +49,5 @@ def document_by_document(q, k, v, lengths):
 
 
 def varlen(q, k, v, seams, longest):
-    """torch's variable-length flash attention."""
-    from torch.nn.attention.varlen import varlen_attn  # late: a second that a CPU need not wait
+    from torch.nn.attention.varlen import varlen_attn  # takes a second, so only on a GPU
     return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))

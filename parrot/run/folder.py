@@ -26,7 +26,7 @@ from parrot import assistant
 from parrot.config import Recipe
 from parrot.files.hub import DataFiles, Found
 from parrot.run import report
-from parrot.system.console import UserError, say
+from parrot.system.console import UserError, refuse, say
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
@@ -50,15 +50,14 @@ def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **mo
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     for path in data.files:
         notes = [note.replace(str(path), path.name) for note in notes]
-    return {
-        "config": {**asdict(config), **names, "out": Path(config.out).name},
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
-        "data": {**data.origin, "name": names["data"],
-                 "files": {path.name: sha256 for path, sha256 in data.hashes.items()}},
-        "versions": {"python": platform.python_version(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}",
-        "notes": notes, **more, "finished": False}
+    hashes = {path.name: sha256 for path, sha256 in data.hashes.items()}
+    return {"config": {**asdict(config), **names, "out": Path(config.out).name},
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
+            "data": {**data.origin, "name": names["data"], "files": hashes},
+            "versions": {"python": platform.python_version(), **versions},
+            "machine": f"{platform.system()} {platform.machine()}",
+            "notes": notes, **more, "finished": False}
 
 
 def public_name(found: Found | DataFiles):
@@ -67,22 +66,18 @@ def public_name(found: Found | DataFiles):
     return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
 
 
-def recipe(about, config: Recipe):
-    """What a resumed run must not change, of a run.json: {what: its value}."""
-    values = {"the data's sha256": about["data"]["files"],
-              "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
-    for field in fields(config):
-        if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
-            values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
-    return values
-
-
 def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
-    saved = read_json(path)
+    def recipe(about):
+        values = {"the data's sha256": about["data"]["files"],
+                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
+        for field in fields(config):
+            if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
+                values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
+        return values
     with report.contents_of(path):
-        before = recipe(saved, config)
-    for what, value in recipe(about, config).items():
+        before = recipe(read_json(path))
+    for what, value in recipe(about).items():
         if before[what] != value:
             raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
                             "the same settings and files, or start anew with another --out.")
@@ -114,17 +109,12 @@ class RunFolder:
         """Refuse to write over another run, or to resume none; called before anything slow."""
         about = report.read_if_there(self.path / "run.json")
         names = os.listdir(self.path) if self.path.exists() else []
-        if about.get("finished"):
-            refusal = "holds a finished run; what is finished is neither resumed nor written over"
-        elif resume and not about:
-            refusal = "holds no run to resume"
-        elif about and not resume:
-            refusal = "holds an unfinished run (--resume goes on)"
-        elif not about and not all(name.endswith(".part") for name in names):
-            refusal = "is not empty and not a run's folder"
-        else:
-            return
-        raise UserError(f"{self.path} {refusal}. Choose another --out.")
+        refuse(f"--out {self.path}", {
+            "holds a finished run: delete it, or name another": about.get("finished"),
+            "holds an unfinished run: go on with --resume, or name another": about and not resume,
+            "holds no run to resume": resume and not about,
+            "is not empty and not a run's folder: name another":
+                not about and not all(name.endswith(".part") for name in names)})
 
     @writing
     def open(self, about, resume):
@@ -213,16 +203,12 @@ class RunFolder:
                 progress = load(self.checkpoint, tensors_of(model, optimizer))
         else:
             say(f"{self.path} holds no checkpoint yet: starting from the beginning")
-        self._rewind_metrics(progress.step)
-        return progress
-
-    @writing
-    def _rewind_metrics(self, step):
-        """Drop the lines that a resumed run will write again: all after `step`'s own."""
+        # A resumed run writes all lines after those of its step again.
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
-        before = lines[:max(ends[:step], default=0)]
-        replace_file(self.metrics, lambda temporary: temporary.write_bytes(b"".join(before)))
+        before = b"".join(lines[:max(ends[:progress.step], default=0)])
+        replace_file(self.metrics, lambda temporary: temporary.write_bytes(before))
+        return progress
 
 
 def tensors_of(model, optimizer):
@@ -241,18 +227,16 @@ def load(path, tensors):
     """A checkpoint into `tensors` -> its Progress. ValueError, before that, if it does not fit."""
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(file.metadata()["progress"])
+        progress = Progress(**json.loads(file.metadata()["progress"]))
     for field in fields(Progress):
-        value = values[field.name]
+        value = getattr(progress, field.name)
         if not isinstance(value, field.type) or not math.isfinite(value or 0):
             raise ValueError(f"{field.name} is {value!r}")
-    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in group.items()}
-              for group in (tensors, saved)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("its tensors are those of another model")
-    if any(saved[name] != values["step"] for name in saved if name.startswith("step.")):
-        raise ValueError("its moments are of another step")
-    progress = Progress(**values)
+    for name in tensors.keys() | saved.keys():
+        if (saved[name].shape, saved[name].dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise ValueError(f"{name} has another shape or type")
+        if name.startswith("step.") and saved[name] != progress.step:
+            raise ValueError(f"{name} is of another step")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress
