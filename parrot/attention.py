@@ -107,7 +107,6 @@ class KVCache:
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def write(self, layer, index, k, v):
-        """Keep k and v (N, K, D) at `index`, an index of (B, K, T)."""
         self.keys[layer][index] = k.to(self.keys.dtype)
         self.values[layer][index] = v.to(self.values.dtype)
 

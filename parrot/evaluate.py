@@ -96,8 +96,8 @@ def losses_of(assistant: Assistant, examples: Examples):
     model, sums = assistant.model, np.zeros(len(examples))
     counts = np.array([is_target.sum() for _, is_target in examples])
     max_tokens = tokens_per_forward(model, model.dtype)
-    for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
-                        desc=f"{assistant.name}: held-out loss", leave=False):
+    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
+    for indices in tqdm(splits, f"{assistant.name}: held-out loss", leave=False):
         batch = Batch.of(examples, indices, model.device)
         losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         parts = losses.split(counts[indices].tolist())
@@ -116,19 +116,14 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
             categories.append(conversation.category)
     if not pairs:
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
-    say_left_out(assistant, "examples", len(conversations) - len(pairs),
-                 f"longer than --max-length {config.max_length}")
+    if left_out := len(conversations) - len(pairs):
+        say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
     losses, counts = losses_of(assistant, Examples.of(pairs))
     table = {}
     for name in sorted({TOTAL, *categories}):
         rows = [i for i, category in enumerate(categories) if name in (TOTAL, category)]
         table[name] = [*mean_and_error(losses[rows], counts[rows]), len(rows)]
     return table
-
-
-def say_left_out(assistant: Assistant, what, number, reason):
-    if number:
-        say(f"{assistant.name}: {number} held-out {what} left out: {reason}")
 
 
 def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, **settings):
@@ -154,8 +149,8 @@ def prompts_and_references(assistant: Assistant, conversations, config: Evaluate
         prompt = assistant.prompt(messages[:end])
         if len(prompt) <= room:
             pairs.append((prompt, text_of(messages[end])))
-    say_left_out(assistant, "prompts", len(chosen) - len(pairs),
-                 f"no room for --max-new-tokens {config.max_new_tokens}")
+    if left_out := len(chosen) - len(pairs):
+        say(f"{left_out} prompts left out: no room for --max-new-tokens {config.max_new_tokens}")
     return sorted(pairs, key=lambda pair: len(pair[0]))  # a batch has similar lengths
 
 
@@ -182,7 +177,6 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
 
 
 def facts_table(assistant: Assistant, config: EvaluateConfig):
-    """How many of the FACTS the model gets right."""
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
     tokens, _ = write_replies(assistant, prompts, config, "facts", max_new_tokens=48,
@@ -200,8 +194,7 @@ def column_of(result):
         title = f"held-out loss, {name}" if name else "held-out loss"
         column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
     for kind, values in result["replies"].items():
-        for name, value in values.items():
-            column[f"{kind}, {name}"] = f"{value:.4g}"
+        column |= {f"{kind}, {name}": f"{value:.4g}" for name, value in values.items()}
     return {**column, "facts": f"{result['facts']['right']} of {result['facts']['of']}"}
 
 

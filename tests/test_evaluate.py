@@ -134,10 +134,10 @@ def test_prompts_that_do_not_fit_are_told(config, tiny, capsys):
         conversations.append(Conversation(messages, "here"))
     table = evaluate.reply_table(tiny, conversations, config)
     assert table["greedy"]["prompts"] == table["sampled"]["prompts"] == 2
-    assert "1 held-out prompts left out: no room for --max-new-tokens 8" in capsys.readouterr().err
+    assert "1 prompts left out: no room for --max-new-tokens 8" in capsys.readouterr().err
     config.max_new_tokens = 10**12
     assert evaluate.reply_table(tiny, conversations, config) == {}
-    assert "3 held-out prompts left out" in capsys.readouterr().err
+    assert "3 prompts left out" in capsys.readouterr().err
     config.max_prompts = 0
     assert evaluate.reply_table(tiny, conversations, config) == {}
 
@@ -312,4 +312,4 @@ def test_examples_that_are_too_long_are_told(config, tiny, capsys):
     with pytest.raises(UserError, match="no held-out example fits --max-length 20"):
         evaluate.loss_table(tiny, conversations[1:], config)
     assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
-    assert "tiny: 1 held-out examples left out: longer than --max-length" in capsys.readouterr().err
+    assert "1 held-out examples left out: longer than --max-length" in capsys.readouterr().err

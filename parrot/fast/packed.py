@@ -49,9 +49,8 @@ class PackedBlock:
 
     def __init__(self, block, many):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
-        root = block.input_layernorm.weight.numel() ** 0.5  # see PackedLlama.length
-        before = block.input_layernorm.weight.float() * root
-        between = block.post_attention_layernorm.weight.float() * root
+        norms = block.input_layernorm, block.post_attention_layernorm  # sqrt(C): see length
+        before, between = (norm.weight.float() * norm.weight.numel() ** 0.5 for norm in norms)
         q, k = (pairs_together(p.weight, D) for p in (attention.q_proj, attention.k_proj))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
         self.qkv_proj = PackedLinear(q, k, attention.v_proj.weight, scale=before, many=many)

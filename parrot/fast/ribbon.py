@@ -35,19 +35,11 @@ class FastAttention:
         # As many key/value heads as query heads: with fewer, torch has no kernel for older cards
         # that does without n x n weights.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
-        D = q.shape[-1]
-        if self.seams is not None and q.dtype != torch.float32 and D % 8 == 0 and D <= 256:
-            return varlen(q, k, v, self.seams, max(self.lengths))
-        return document_by_document(q, k, v, self.lengths)
-
-
-def document_by_document(q, k, v, lengths):
-    q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
-    outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
-               for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)
-
-
-def varlen(q, k, v, seams, longest):
-    from torch.nn.attention.varlen import varlen_attn  # takes a second, so only on a GPU
-    return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))
+        D, seams, longest = q.shape[-1], self.seams, max(self.lengths)
+        if seams is not None and q.dtype != torch.float32 and D % 8 == 0 and D <= 256:
+            from torch.nn.attention.varlen import varlen_attn  # takes a second, so only on a GPU
+            return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))
+        q, k, v = (x.transpose(0, 1)[None].split(self.lengths, dim=2) for x in (q, k, v))
+        outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
+                   for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)

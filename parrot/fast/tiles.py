@@ -40,22 +40,21 @@ def cut(lengths):
 
 class Tiles:
     def __init__(self, lengths):
-        self.document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.places, self.masks = cut(lengths), {}  # masks by dtype, made once for all layers
+        document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
+        self.places = cut(lengths)
+        self.masks = [mask_of(document, *place) for place in self.places]  # once for all layers
 
     @torch.compiler.disable
     def attend(self, q, k, v):
         """Causal attention within documents: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
-        if q.dtype not in self.masks:
-            self.masks[q.dtype] = [self._mask(*place, q.dtype) for place in self.places]
         with torch.autocast(q.device.type, enabled=False):  # its softmax would keep float32
-            return _Attention.apply(q, k, v, self.places, self.masks[q.dtype])
+            return _Attention.apply(q, k, v, self.places, self.masks)
 
-    def _mask(self, key, query, end, dtype):
-        """(n, 1, m): minus infinity where a key is later or of another document, else 0."""
-        visible = self.document[query:end, None] == self.document[key:end]
-        mask = torch.where(visible.tril(query - key), 0.0, -math.inf)
-        return mask.to(dtype)[:, None]
+
+def mask_of(document, key, query, end):
+    """(n, 1, m): minus infinity where a key is later or of another document, else 0."""
+    visible = document[query:end, None] == document[key:end]
+    return torch.where(visible.tril(query - key), 0.0, -math.inf)[:, None]
 
 
 class _Attention(torch.autograd.Function):

@@ -26,7 +26,7 @@ from parrot import assistant
 from parrot.config import Recipe
 from parrot.files.hub import DataFiles, Found
 from parrot.run import report
-from parrot.system.console import UserError, refuse, say
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
@@ -41,10 +41,7 @@ class Progress:
 
 
 def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
-    """What run.json says of a run: enough to repeat it, and to notice that another one differs.
-
-    It may be published, so it names the files, but not the folders of this machine.
-    """
+    """What run.json says of a run. It may be published, so it names no folder of this machine."""
     names = {"weights": public_name(weights), "data": public_name(data),
              "val_data": config.val_data and Path(config.val_data).name}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
@@ -61,9 +58,8 @@ def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **mo
 
 
 def public_name(found: Found | DataFiles):
-    """The name of weights or data without the folders of this machine; a Hub id stays whole."""
-    name = found.origin["name"]
-    return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
+    """The name of weights or data without its folder; "from" has the whole id of the Hub."""
+    return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):
@@ -89,9 +85,8 @@ def writing(method):
         try:
             return method(self, *args, **kwargs) if self.writes else None
         except (OSError, safetensors.SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
+            fault = f"cannot write into {self.path}: {getattr(error, 'strerror', None) or error}"
+            raise UserError(f"{fault}. {self.what_is_safe()}") from None
     return guarded
 
 
@@ -106,7 +101,7 @@ class RunFolder:
 
     @writing
     def begin(self, resume):
-        """Refuse to write over another run, or to resume none; called before anything slow."""
+        """Refuse to write over another run, or to resume none."""
         about = report.read_if_there(self.path / "run.json")
         names = os.listdir(self.path) if self.path.exists() else []
         refuse(f"--out {self.path}", {
@@ -137,14 +132,12 @@ class RunFolder:
             import fcntl
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
         except BlockingIOError:
-            raise UserError(f"another train.py is at work in {self.path}: wait until it ends, or "
-                            "stop it (Ctrl-C, kill)") from None
+            raise UserError(f"another train.py is at work in {self.path}: stop it first") from None
         except (ImportError, OSError):
             pass  # no locking available here: Windows, some network disks
 
     @writing
     def log(self, **values):
-        """Add a line to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -170,17 +163,15 @@ class RunFolder:
         (self.path / "lock.part").unlink()
 
     def what_is_safe(self):
-        """A sentence for somebody whose run broke off."""
         if self.checkpoint.is_file():
             return f"{self.checkpoint} is whole: --resume goes on from it."
         return "No checkpoint was written yet."
 
     @writing
     def save(self, model, optimizer, progress: Progress):
-        """Write all that a resumed run needs: the weights, AdamW's moments, the progress.
+        """Write all that a resumed run needs; UserError, and no change, if it is not finite.
 
         The order of the examples follows from seed and step, and nothing else is random.
-        UserError where a number is not finite; the checkpoint before it stays.
         """
         if not self.keeps or progress.step == 0:
             return
@@ -191,8 +182,7 @@ class RunFolder:
                                 f"{self.what_is_safe()}")
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
-        replace_file(self.checkpoint,
-                     lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace_file(self.checkpoint, lambda path: save_file(tensors, path, metadata=metadata))
 
     @writing
     def restore(self, model, optimizer):
@@ -201,13 +191,11 @@ class RunFolder:
         if self.checkpoint.is_file():
             with report.contents_of(self.checkpoint):
                 progress = load(self.checkpoint, tensors_of(model, optimizer))
-        else:
-            say(f"{self.path} holds no checkpoint yet: starting from the beginning")
-        # A resumed run writes all lines after those of its step again.
+        # Drop the lines after those of its step: they will be written again.
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
         before = b"".join(lines[:max(ends[:progress.step], default=0)])
-        replace_file(self.metrics, lambda temporary: temporary.write_bytes(before))
+        replace_file(self.metrics, lambda path: path.write_bytes(before))
         return progress
 
 

@@ -50,8 +50,8 @@ class Trainer:
             raise UserError(f"the longest example has {longest} tokens, but the model's context "
                             f"holds {context}: set --max-length {context}")
         self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.total_steps = min(self.total_steps, config.max_steps or self.total_steps)
+        total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = min(total_steps, config.max_steps or total_steps)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
         compiled = fast.enabled and compiling.compile_blocks(
             self.model, config.compile, self.dtype, Ribbon([256], device), self.num_tokens)
@@ -151,8 +151,7 @@ class Trainer:
 
     def batches(self, step) -> list[data.Batch]:
         """The ribbons of a step, enough for all processes where that can be."""
-        config = self.config
-        examples = self.train_set
+        config, examples = self.config, self.train_set
         self.indices = data.examples_of_step(step, examples, config.batch_size, config.seed)
         share = math.ceil(len(self.indices) / self.processes.size)
         max_examples = min(share, config.micro_batch_size or share)
@@ -165,7 +164,7 @@ class Trainer:
         UserError if not, with the examples of the step. Interrupted after a signal.
         """
         step = self.progress.step
-        names = ", ".join(self.train_set.source(index) for index in self.indices)
+        names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, f"the loss is {loss} and the gradient's length "
                                              f"{grad_norm}. Its examples: {names}")
         status = self.processes.largest(self.stop.status)
@@ -222,17 +221,14 @@ class Trainer:
 
     def finish(self):
         """Leave the folder as a finished run, and show what was learned."""
-        progress, folder, device = self.progress, self.folder, self.model.device
+        folder, device = self.folder, self.model.device
         if not len(self.val_set):
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)  # the last
         best = Assistant.of("", self.model, self.tokenizer, "chat")
         if folder.keeps:
             best = Assistant.load("", folder.path, torch.float32, device)
         self._ask("after", best)
-        peak = peak_memory(device)
-        folder.finish(peak_memory=peak)
-        say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
-            f"{peak / 1e9:.1f} GB at most")
+        folder.finish(peak_memory=peak_memory(device))
         if folder.keeps:
             name = shlex.quote(str(folder.path))
             say(f'Ask it: python sample.py --model {name} --prompt "Who are you?"')

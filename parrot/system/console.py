@@ -26,7 +26,7 @@ def refuse(subject, faults):
 
 
 class Interrupted(Exception):
-    """Interrupted(message, exit status): a signal ended the run in good order."""
+    """Interrupted(message, exit status): a signal ended the run; nothing is lost."""
 
 
 class _Stream:

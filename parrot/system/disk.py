@@ -11,7 +11,7 @@ from parrot.system.console import UserError
 
 
 def read_json(path):
-    """A file that holds a JSON object; UserError where it does not."""
+    """A file that holds a JSON object. UserError."""
     try:
         content = json.loads(open_to_read(path).read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -22,7 +22,6 @@ def read_json(path):
 
 
 def sha256_of(path):
-    """The sha256 of a file, as hexadecimal digits; UserError where it cannot be read."""
     digest = hashlib.sha256()
     with open_to_read(path) as file:
         while block := file.read(1 << 20):

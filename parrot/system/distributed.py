@@ -15,7 +15,7 @@ from parrot.system.console import UserError
 
 
 def torchrun_place():
-    """torchrun's variables -> rank, number of processes, rank on this machine; 0, 1, 0 without."""
+    """torchrun's variables -> rank, number of processes, rank on this machine."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     values = {name: os.environ.get(name, alone[name]) for name in alone}
     if all(value.isdecimal() for value in values.values()):
@@ -36,7 +36,7 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
     def share(self, items):
-        """Every size-th item; maybe none. All processes together have each item once."""
+        """Every size-th item; maybe none."""
         return items[self.rank::self.size]
 
     def sum(self, *numbers):
@@ -82,7 +82,6 @@ class Processes:
             self.sum(0)
 
     def close(self):
-        """Leave the other processes, at the end of the program."""
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -311,7 +311,7 @@ def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
     assert (config["weights"], config["data"], config["out"]) == (
         tiny_folder.name, "records.jsonl", "mine")
     hub = Found(tiny_folder, {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
-    assert run_folder.public_name(hub) == "me/llama"
+    assert run_folder.public_name(hub) == "llama"
 
 
 def test_resuming_compares_what_was_computed(about, tmp_path):
