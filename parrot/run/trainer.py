@@ -113,9 +113,10 @@ class Trainer:
             loss.item()  # waits for a GPU
             seconds = time.perf_counter() - started
         hours = self.num_tokens * seconds / len(batch.tokens) / self.processes.size / 3600
+        moments = 8 * sum(parameter.numel() for parameter in self.model.parameters())  # AdamW's
+        memory = (peak_memory(self.model.device) + moments) / 1e9
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
-            f"{hours:.1f} h; {peak_memory(self.model.device) / 1e9:.1f} GB of memory without "
-            "AdamW's two moments. Nothing was written.")
+            f"{hours:.1f} h and {memory:.1f} GB of memory. Nothing was written.")
 
     def steps(self):
         """Yield the number of each step to do, from 0; evaluate in between."""
@@ -222,14 +223,13 @@ class Trainer:
     def finish(self):
         """Leave the folder as a finished run, and show what was learned."""
         folder, device = self.folder, self.model.device
-        if not len(self.val_set):
-            folder.save_best(self.model, self.tokenizer, self.saved_dtype)  # the last
+        if not len(self.val_set):  # the last is the best that we know
+            folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         best = Assistant.of("", self.model, self.tokenizer, "chat")
         if folder.keeps:
             best = Assistant.load("", folder.path, torch.float32, device)
         self._ask("after", best)
         folder.finish(peak_memory=peak_memory(device))
         if folder.keeps:
-            name = shlex.quote(str(folder.path))
-            say(f'Ask it: python sample.py --model {name} --prompt "Who are you?"')
+            say(f"Ask it: python sample.py --model {shlex.quote(str(folder.path))}")
         self.processes.close()
