@@ -19,26 +19,25 @@ from parrot.config import SampleConfig
 from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import StreamDecoder
-from parrot.sampling import generate, replies
+from parrot.sampling import check_room, generate, replies
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say, side_by_side
 from parrot.system.device import pick
 
 
 def main():
-    """Read the command line, and answer in the form that it asks for."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     if config.compare:
-        columns = [[printable(name), "", *several_replies(load(name, config), config)]
-                   for name in config.compare]
-        print(side_by_side(columns, shutil.get_terminal_size().columns))
+        texts = [f"{printable(name)}\n\n{several_replies(load(name, config), config)}"
+                 for name in config.compare]
+        print(side_by_side(texts, shutil.get_terminal_size().columns))
         return
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
         chat(assistant, config)
     elif config.num_samples > 1:
-        print("\n\n".join(several_replies(assistant, config)))
+        print(several_replies(assistant, config))
     else:
         prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
         stream_reply(assistant, prompt, config)
@@ -46,12 +45,12 @@ def main():
 
 def newest_run():
     """The folder that was trained last, of the two that train.py writes by default."""
-    runs = [path.parent for path in Path("out").glob("*/model.safetensors")
-            if path.parent.name in ("littleparrot", "quickstart")]
-    if not runs:
+    models = [path for name in ("littleparrot", "quickstart")
+              if (path := Path("out", name, "model.safetensors")).is_file()]
+    if not models:
         raise UserError("nothing has been trained yet. Run: python train.py --quickstart   "
                         "(or name a model: --model instruct-q4)")
-    return str(max(runs, key=lambda path: (path / "model.safetensors").stat().st_mtime))
+    return str(max(models, key=lambda path: path.stat().st_mtime).parent)
 
 
 def load(name, config) -> Assistant:
@@ -59,8 +58,8 @@ def load(name, config) -> Assistant:
     many = config.num_samples > 1
     if config.dtype == "bfloat16" and fast.enabled and not many and pays(device):
         dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
-    assistant = Assistant.load(name, hub.find_weights(name).path, dtype, device, config.format,
-                               many)
+    folder = hub.find_weights(name).path
+    assistant = Assistant.load(name, folder, dtype, device, config.format, many)
     if config.system is not None:
         assistant.system = config.system
     return assistant
@@ -79,28 +78,26 @@ def stream_reply(assistant: Assistant, prompt, config):
     for [token] in generate(assistant.model, [prompt], assistant.stop, **settings(config)):
         print(printable(decoder.step(token)), end="", flush=True)
     print(printable(decoder.finish()), flush=True)
-    say_if_cut(assistant, len(prompt), len(decoder.tokens), config)
+    say_if_cut(assistant, prompt, decoder.tokens, config)
     return assistant.tokenizer.decode(decoder.tokens)
 
 
 def several_replies(assistant: Assistant, config):
-    """The texts of --num-samples replies, written together; numbered, if more than one."""
+    """The text of --num-samples replies, written together; numbered, if more than one."""
     prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
     written = replies(assistant.model, [prompt], assistant.stop, samples_each=config.num_samples,
                       **settings(config))
-    longest = max(len(tokens) for tokens, _ in written)
-    say_if_cut(assistant, len(prompt), longest, config)
+    say_if_cut(assistant, prompt, max((tokens for tokens, _ in written), key=len), config)
     texts = [printable(assistant.tokenizer.decode(tokens)) for tokens, _ in written]
-    return texts if len(texts) == 1 else [f"[{i}] {text}" for i, text in enumerate(texts, 1)]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
 
 
-def say_if_cut(assistant: Assistant, prompt_length, length, config):
+def say_if_cut(assistant: Assistant, prompt, reply, config):
     """A word on stderr where a reply did not end by itself."""
-    if length == config.max_new_tokens:
-        say(f"[{assistant.name}: cut at --max-new-tokens {config.max_new_tokens}]")
-    elif prompt_length + length == assistant.model.config.max_position_embeddings:
-        say(f"[{assistant.name}: cut at the end of the model's context "
-            f"({prompt_length + length} tokens)]")
+    if len(reply) == check_room([len(prompt)], assistant.model.config, config.max_new_tokens):
+        say(f"[{assistant.name}: cut after {len(reply)} tokens]")
 
 
 def chat(assistant: Assistant, config):

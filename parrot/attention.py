@@ -1,8 +1,7 @@
 """Attention: which tokens each token looks at, and how much of each it takes.
 
-The N tokens of a forward are either a *ribbon*, documents laid end to end (in training, and to
-read prompts), or the next tokens of several replies, which look back into a *key/value cache*. Both
-are layouts:
+The N tokens of a forward are a *ribbon*, documents laid end to end (in training, and for prompts),
+or the next tokens of several replies, which look back into a *key/value cache*. Both are layouts:
 
     positions                   (N,)  the position of each token in its own document, from 0
     attend(layer, q, k, v)      q (N, H, D), k and v (N, K, D) -> (N, H, D)
@@ -107,7 +106,6 @@ class KVCache:
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def write(self, layer, index, k, v):
-        """Keep k and v (N, K, D) at `index`, an index of (B, K, T)."""
         self.keys[layer][index] = k.to(self.keys.dtype)
         self.values[layer][index] = v.to(self.values.dtype)
 

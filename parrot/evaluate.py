@@ -39,8 +39,6 @@ from parrot.training import token_losses
 
 FACTS = Path(__file__).with_name("questions.jsonl")
 TOTAL = ""  # the name of all categories together: no category has it
-MEASURES = {"ended": ("ended by themselves", "{:.1%}"), "length": ("length / reference", "{:.2f}"),
-            "repeated": ("repeated 4-grams", "{:.1%}"), "rouge_l": ("ROUGE-L", "{:.3f}")}
 
 
 def share_repeated(replies, n=4):
@@ -98,8 +96,8 @@ def losses_of(assistant: Assistant, examples: Examples):
     model, sums = assistant.model, np.zeros(len(examples))
     counts = np.array([is_target.sum() for _, is_target in examples])
     max_tokens = tokens_per_forward(model, model.dtype)
-    for indices in tqdm(micro_batches(range(len(examples)), examples.lengths, None, max_tokens),
-                        desc=f"{assistant.name}: held-out loss", leave=False):
+    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
+    for indices in tqdm(splits, f"{assistant.name}: held-out loss", leave=False):
         batch = Batch.of(examples, indices, model.device)
         losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         parts = losses.split(counts[indices].tolist())
@@ -109,19 +107,18 @@ def losses_of(assistant: Assistant, examples: Examples):
 
 def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     """{category: [mean, standard error, number of examples]}; TOTAL: of all examples."""
-    parts, categories = [], []
+    pairs, categories = [], []
     for conversation in conversations:
         messages = with_system(conversation.messages, assistant.system)
         tokens, is_target = encode_chat(messages, assistant.tokenizer)
         if any(is_target) and len(tokens) <= config.max_length:
-            parts.append((tokens, is_target))
+            pairs.append((tokens, is_target))
             categories.append(conversation.category)
-    if not parts:
+    if not pairs:
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
-    if len(parts) < len(conversations):
-        say(f"{assistant.name}: {len(conversations) - len(parts)} of {len(conversations)} held-out "
-            f"examples are longer than --max-length {config.max_length}: left out")
-    losses, counts = losses_of(assistant, Examples.of(parts))
+    if left_out := len(conversations) - len(pairs):
+        say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
+    losses, counts = losses_of(assistant, Examples.of(pairs))
     table = {}
     for name in sorted({TOTAL, *categories}):
         rows = [i for i, category in enumerate(categories) if name in (TOTAL, category)]
@@ -130,17 +127,18 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
 
 
 def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, **settings):
-    """Replies to prompts, in batches: [(tokens, ended)]."""
+    """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
     written = []
     starts = range(0, len(prompts), config.batch_size)
     for start in tqdm(starts, f"{assistant.name}: {title}", leave=False):
-        written += replies(assistant.model, prompts[start:start + config.batch_size],
-                           assistant.stop, repetition_penalty=config.repetition_penalty, **settings)
-    return written
+        batch = prompts[start:start + config.batch_size]
+        written += replies(assistant.model, batch, assistant.stop,
+                           repetition_penalty=config.repetition_penalty, **settings)
+    return zip(*written, strict=True)
 
 
 def prompts_and_references(assistant: Assistant, conversations, config: EvaluateConfig):
-    """Some held-out prompts as tokens, with the replies in the data. Says how many do not fit."""
+    """Some held-out prompts as tokens, each with the reply in the data; the shortest first."""
     begun = [item.messages for item in conversations if item.messages[0]["role"] != "assistant"]
     chosen = random.Random(0).sample(begun, min(config.max_prompts, len(begun)))
     room = assistant.model.config.max_position_embeddings - config.max_new_tokens
@@ -151,57 +149,52 @@ def prompts_and_references(assistant: Assistant, conversations, config: Evaluate
         prompt = assistant.prompt(messages[:end])
         if len(prompt) <= room:
             pairs.append((prompt, text_of(messages[end])))
-    if len(pairs) < len(chosen):
-        say(f"{assistant.name}: {len(chosen) - len(pairs)} of {len(chosen)} prompts leave no room "
-            f"for --max-new-tokens {config.max_new_tokens}: left out")
-    return sorted(pairs, key=lambda pair: len(pair[0]))  # those of similar length are a batch
+    if left_out := len(chosen) - len(pairs):
+        say(f"{left_out} prompts left out: no room for --max-new-tokens {config.max_new_tokens}")
+    return sorted(pairs, key=lambda pair: len(pair[0]))  # a batch has similar lengths
 
 
 def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
-    """What is measured of the replies to held-out prompts, greedy and sampled."""
+    """{kind of replies: {measure: value}} of the replies to held-out prompts."""
     pairs = prompts_and_references(assistant, conversations, config)
     if not pairs:
         return {}
     prompts, references = zip(*pairs, strict=True)
     reference_tokens = [assistant.tokenizer.encode(reference) for reference in references]
-    table = {"references": {"repeated": share_repeated(reference_tokens)}}  # people do it, too
+    table = {"references": {"repeated 4-grams": share_repeated(reference_tokens)}}
     for kind, temperature in (("greedy", 0), ("sampled", config.temperature)):
-        written = write_replies(
+        tokens, ended = write_replies(
             assistant, prompts, config, kind, temperature=temperature, top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             generator=torch.Generator().manual_seed(config.seed))
-        tokens, ended = zip(*written, strict=True)
         scores = [rouge_l(assistant.tokenizer.decode(reply), reference)
                   for reply, reference in zip(tokens, references, strict=True)]
         table[kind] = {
-            "prompts": len(prompts), "ended": sum(ended) / len(prompts),
-            "length": sum(map(len, tokens)) / sum(map(len, reference_tokens)),
-            "repeated": share_repeated(tokens), "rouge_l": sum(scores) / len(prompts)}
+            "prompts": len(prompts), "ended by themselves": sum(ended) / len(prompts),
+            "length / reference": sum(map(len, tokens)) / sum(map(len, reference_tokens)),
+            "repeated 4-grams": share_repeated(tokens), "ROUGE-L": sum(scores) / len(prompts)}
     return table
 
 
 def facts_table(assistant: Assistant, config: EvaluateConfig):
-    """How many of the FACTS the model gets right."""
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
-    written = write_replies(assistant, prompts, config, "facts", max_new_tokens=48, temperature=0,
-                            top_p=1)
-    right = [is_right(assistant.tokenizer.decode(tokens), fact["accepted"])
-             for (tokens, _), fact in zip(written, facts, strict=True)]
+    tokens, _ = write_replies(assistant, prompts, config, "facts", max_new_tokens=48,
+                              temperature=0, top_p=1)
+    right = [is_right(assistant.tokenizer.decode(reply), fact["accepted"])
+             for reply, fact in zip(tokens, facts, strict=True)]
     return {"right": sum(right), "of": len(right)}
 
 
 def column_of(result):
-    """All numbers of a model: {title of the row: text}."""
+    """The results of a model as {title of the row: text}."""
     column = {"": result["model"], "data": result["data"],
               "held-out examples": str(result["loss"][TOTAL][2])}
     for name, (mean, error, _) in result["loss"].items():
         title = f"held-out loss, {name}" if name else "held-out loss"
         column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
     for kind, values in result["replies"].items():
-        for key, (title, form) in MEASURES.items():
-            if key in values:
-                column[f"{kind}, {title}"] = form.format(values[key])
+        column |= {f"{kind}, {name}": f"{value:.4g}" for name, value in values.items()}
     return {**column, "facts": f"{result['facts']['right']} of {result['facts']['of']}"}
 
 
@@ -213,28 +206,25 @@ def rows_of(results):
 
 
 def as_table(rows):
-    """The rows as text."""
     rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main():
-    """Read the command line, evaluate, print."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
     bad = [] if config.skip_bad_records else None
-    conversations = [conversation for path in data.files
-                     for conversation in read_conversations(path, bad)
-                     if is_held_out(prompt_hash(conversation.messages), config.val_fraction)]
+    conversations = [item for path in data.files for item in read_conversations(path, bad)
+                     if is_held_out(prompt_hash(item.messages), config.val_fraction)]
     if not conversations:
         raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out nothing")
-    models = [(name, hub.find_weights(name)) for name in config.models]
-    finished = [found.path for _, found in models if is_finished(found.path, data, config)]
+    models = {name: hub.find_weights(name) for name in config.models}
+    finished = [found.path for found in models.values() if is_finished(found.path, data, config)]
     device, dtype = pick(config.device, config.dtype)
     results = []
-    for name, found in models:
+    for name, found in models.items():
         assistant = Assistant.load(name, found.path, dtype, device, "chat")
         results.append({"model": name, "data": public_name(data),
                         "loss": loss_table(assistant, conversations, config),
@@ -242,18 +232,18 @@ def main():
                         "facts": facts_table(assistant, config)})
     rows = rows_of(results)
     print(json.dumps(results, indent=2) if config.json else as_table(rows))
-    names = [public_name(found) for _, found in models]
-    for folder in finished:  # show it there, too
-        write_json(folder / "evaluation.json", {"table": [["", *names], *rows[1:]]})
+    rows[0] = ["", *map(public_name, models.values())]
+    for folder in finished:  # the report shows it, too
+        write_json(folder / "evaluation.json", {"table": rows})
         report.write(folder)
 
 
 def is_finished(folder, data: hub.DataFiles, config: EvaluateConfig):
-    """Whether train.py finished a run here; says so if it was trained on what is held out now."""
+    """Whether a run was finished here; says so if it was trained on what is held out now."""
     about = report.read_if_there(folder / "run.json")
-    if not about:
-        return False
     with report.contents_of(folder / "run.json"):
+        if not about:
+            return False
         fraction = about["config"]["val_fraction"]
         shared = set(about["data"]["files"].values()) & set(data.hashes.values())
         if shared and fraction < config.val_fraction:

@@ -18,10 +18,7 @@ ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
 def ordered(probabilities, mass):
-    """(B, V) -> tokens in descending order of probability, enough to hold `mass`.
-
-    Two tensors (B, W): probabilities and ids. Among equals the lower id comes first.
-    """
+    """(B, V) -> the likeliest tokens that hold `mass`, or more: probabilities and ids (B, W)."""
     if fast.enabled and probabilities.device.type == "cpu":  # fast/nucleus.py
         few = likeliest(probabilities, mass)
         if few is not None:
@@ -91,9 +88,8 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     """Write replies to several prompts at once, a token each at a time.
 
     prompts: lists of ids; stop: ids that end a reply; generator: on the CPU, so that a seed means
-    the same on every device. The penalty is on what the reply has, since an answer may quote the
-    question. Yields, step by step, a list with an id for each reply, None for those that have ended
-    (a stop token is not shown), until all have or the room ends. UserError: a prompt is too long.
+    the same on every device. Yields a list with an id for each reply, None for those that have
+    ended. The penalty is on the reply alone: an answer may quote the question.
     """
     room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)

@@ -65,10 +65,7 @@ def loss_sum(model: Llama, batch: Batch, dtype):
 @torch.no_grad()
 def held_out_loss(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
                   should_stop=lambda: False):
-    """Mean loss over all targets of `examples`, in nats per token.
-
-    None where `should_stop()` turned true on the way, in this process or another.
-    """
+    """Mean loss over all targets, in nats per token; None where `should_stop()` turned true."""
     total, num_targets, stopped = 0.0, 0, 0
     splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
     for indices in tqdm(processes.share(splits), desc="evaluating", leave=False,

@@ -114,9 +114,10 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
     trained = Assistant.load("", tmp_path / "model", torch.float32, "cpu")
     conversations = [Conversation(messages, "here")] * 3
     greedy = evaluate.reply_table(trained, conversations, config)["greedy"]
-    assert greedy["ended"] == stops and greedy["prompts"] == 3
+    assert greedy["ended by themselves"] == stops and greedy["prompts"] == 3
     if stops:
-        assert greedy["length"] == 1 and greedy["rouge_l"] == 1 and greedy["repeated"] == 0
+        assert greedy["length / reference"] == greedy["ROUGE-L"] == 1
+        assert greedy["repeated 4-grams"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,10 @@ def test_prompts_that_do_not_fit_are_told(config, tiny, capsys):
         conversations.append(Conversation(messages, "here"))
     table = evaluate.reply_table(tiny, conversations, config)
     assert table["greedy"]["prompts"] == table["sampled"]["prompts"] == 2
-    assert "1 of 3 prompts leave no room for --max-new-tokens 8" in capsys.readouterr().err
+    assert "1 prompts left out: no room for --max-new-tokens 8" in capsys.readouterr().err
     config.max_new_tokens = 10**12
     assert evaluate.reply_table(tiny, conversations, config) == {}
-    assert "3 of 3 prompts leave no room" in capsys.readouterr().err
+    assert "3 prompts left out" in capsys.readouterr().err
     config.max_prompts = 0
     assert evaluate.reply_table(tiny, conversations, config) == {}
 
@@ -311,4 +312,4 @@ def test_examples_that_are_too_long_are_told(config, tiny, capsys):
     with pytest.raises(UserError, match="no held-out example fits --max-length 20"):
         evaluate.loss_table(tiny, conversations[1:], config)
     assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
-    assert "tiny: 1 of 2 held-out examples are longer than --max-length" in capsys.readouterr().err
+    assert "1 held-out examples left out: longer than --max-length" in capsys.readouterr().err

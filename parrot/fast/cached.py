@@ -1,9 +1,8 @@
 """attention.Step, faster: one new token per sequence looks into the key/value cache.
 
-The H / K query heads that share a key head are taken as so many queries of one head, so that keys
-and values are not repeated, and only the positions that are filled are read. On a CPU the cache is
-in float32 in any case: its small products are twice as fast as those of bfloat16.
-Held equal to attention.Step by tests/fast/test_cached.py.
+The H / K query heads that share a key head are queries of one head, so keys and values are not
+repeated; only the positions that are filled are read. On a CPU the cache is in float32: its small
+products are twice as fast as in bfloat16. Held equal by tests/fast/test_cached.py.
 """
 
 import torch
@@ -11,17 +10,14 @@ import torch.nn.functional as F
 
 
 def cache_dtype(model):
-    """In what the keys and values of this model are kept."""
     return torch.float32 if model.device.type == "cpu" else model.dtype
 
 
 class FastStep:
-    """As attention.Step."""
-
     def __init__(self, cache, positions):
         self.positions = positions  # (B,)
         device, longest = positions.device, cache.keys.shape[3]
-        if device.type == "cpu":  # a GPU would be waited for, and a graph needs fixed shapes
+        if device.type == "cpu":  # a GPU would have to wait, and a graph needs fixed shapes
             longest = int(positions.max()) + 1
         rows = torch.arange(len(positions), device=device)
         places = torch.arange(longest, device=device)
@@ -43,7 +39,7 @@ class FastStep:
 
 
 def without_ended(cache, rows, tokens, ended):
-    """Once half of the rows (B,) are in the set `ended`: the rows and tokens (B',) of the others.
+    """Rows and tokens (B,) -> those that have not ended, once these are half of them or fewer.
 
     A graph on a GPU needs fixed shapes, so there all stay.
     """

@@ -1,8 +1,8 @@
 """The C library's malloc, faster for training on a CPU: freed memory is used again at once.
 
-By itself glibc returns large blocks to the kernel, and each new tensor waits for its pages: without
-this, training on two cores takes a tenth longer. It replaces nothing and changes no number. What is
-kept breaks into pieces with time, so it is given back after each step; else a run grew to 22 GB.
+glibc returns large blocks to the kernel, and each new tensor waits for its pages: without this,
+training on two cores takes a tenth longer. It changes no number. Kept memory breaks into pieces,
+so it is given back after each step: without that a run grew to 22 GB.
 """
 
 import ctypes
@@ -14,13 +14,11 @@ IS_GLIBC = hasattr(LIBC, "malloc_trim")
 
 
 def keep_freed():
-    """From now on, keep freed memory for the next tensor."""
     if IS_GLIBC:
         LIBC.mallopt(M_MMAP_MAX, 0)
         LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back():
-    """Return to the kernel what is free."""
     if IS_GLIBC:
         LIBC.malloc_trim(0)

@@ -1,13 +1,12 @@
 """model.Llama, faster on a CPU: the network arranged for writing replies.
 
-For one new token each weight is used once, so what counts is how fast the weights come from memory
-and how many small operations stand between. Here matrices that read the same row are one, RMSNorm's
-weights are part of the matrix that follows, and the rotation is a product of complex numbers.
-One reply at a time: the weights stay in bfloat16 even where the CPU has no units for it, because
-torch's own product with one row reads them from memory at the same bytes per second; products with
-more rows, the prompt, are in float32 there. Many at once: oneDNN, the library under torch's
-products, has the matrices in an order of its own, which takes it a second.
-On two cores 9.5 ms a token instead of 12.2 in bfloat16, 1.5 times as fast in float32.
+For one new token each weight is used once, so speed depends on how fast the weights come from
+memory and on the number of small operations. Here matrices that read the same row are one,
+RMSNorm's weights are part of the matrix that follows, and rotation multiplies complex numbers.
+One reply at a time: the weights stay in bfloat16 even on a CPU without bfloat16 units, since
+torch's product with one row is bound by memory; products with more rows (the prompt) are in float32
+there. Many at once: oneDNN has the matrices in an order of its own, which takes it a second.
+On two cores 9.5 ms per token instead of 12.2 in bfloat16, 1.5 times as fast in float32.
 Held equal to the plain network by tests/fast/test_packed.py.
 """
 
@@ -50,9 +49,8 @@ class PackedBlock:
 
     def __init__(self, block, many):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
-        root = block.input_layernorm.weight.numel() ** 0.5  # see PackedLlama.length
-        before = block.input_layernorm.weight.float() * root
-        between = block.post_attention_layernorm.weight.float() * root
+        norms = block.input_layernorm, block.post_attention_layernorm  # sqrt(C): see length
+        before, between = (norm.weight.float() * norm.weight.numel() ** 0.5 for norm in norms)
         q, k = (pairs_together(p.weight, D) for p in (attention.q_proj, attention.k_proj))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
         self.qkv_proj = PackedLinear(q, k, attention.v_proj.weight, scale=before, many=many)
@@ -62,8 +60,6 @@ class PackedBlock:
 
 
 class PackedLlama:
-    """What model.Llama is to whoever writes replies with it."""
-
     def __init__(self, model, many=True):
         self.config, self.device = model.config, model.device
         self.dtype = model.dtype if multiplies_bfloat16(model.device) else torch.float32
@@ -78,7 +74,7 @@ class PackedLlama:
         return torch.hypot(norm, self.least)  # sqrt(|x|^2 + C eps)
 
     def __call__(self, tokens, layout):
-        """tokens (N,), layout: a Ribbon or a step of a KVCache -> hidden states (N, C)."""
+        """As model.Llama.forward."""
         N, H, K = len(tokens), self.config.num_attention_heads, self.config.num_key_value_heads
         D = self.config.head_dim
         turns = turns_of(layout.positions, D, self.config.rope_theta)[:, None].expand(N, H + K, -1)
@@ -95,7 +91,6 @@ class PackedLlama:
         return self.norm(x)
 
     def logits(self, hidden_states):
-        """(S, C) -> (S, V)."""
         with one_row_by_torch(len(hidden_states)):
             return self.lm_head(hidden_states)
 
@@ -118,11 +113,10 @@ def pairs_together(weight, head_dim):
 
 
 def pays(device):
-    """Whether packing was seen to pay: on x86."""
     is_x86 = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
     return is_x86 and torch.backends.mkldnn.is_available()
 
 
 def pack(model, many):
-    """A Llama that is only to write -> a packed one where that pays, else itself."""
+    """A Llama that only writes -> a packed one where that pays, else itself."""
     return PackedLlama(model, many) if pays(model.device) else model

@@ -4,8 +4,8 @@
     CUDA, 16 bits, compute capability 8.0       torch's varlen_attn: all documents in one call
     the rest, and ROCm, where it was never run  torch's own attention, a document at a time
 
-A ribbon of 900 tokens, the real model forward and back on a core without bfloat16 units: 11.3 s and
-2.7 GB in tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
+A ribbon of 900 tokens, forward and back on a core without bfloat16 units: 11.3 s and 2.7 GB in
+tiles, 11.9 s and 4.0 GB by the formula. Held equal to it by tests/test_attention.py.
 """
 
 import torch
@@ -35,21 +35,11 @@ class FastAttention:
         # As many key/value heads as query heads: with fewer, torch has no kernel for older cards
         # that does without n x n weights.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
-        D = q.shape[-1]
-        if self.seams is not None and q.dtype != torch.float32 and D % 8 == 0 and D <= 256:
-            return varlen(q, k, v, self.seams, max(self.lengths))
-        return document_by_document(q, k, v, self.lengths)
-
-
-def document_by_document(q, k, v, lengths):
-    """torch's scaled_dot_product_attention on each document."""
-    q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
-    outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
-               for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)
-
-
-def varlen(q, k, v, seams, longest):
-    """torch's variable-length flash attention."""
-    from torch.nn.attention.varlen import varlen_attn  # late: a second that a CPU need not wait
-    return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))
+        D, seams, longest = q.shape[-1], self.seams, max(self.lengths)
+        if seams is not None and q.dtype != torch.float32 and D % 8 == 0 and D <= 256:
+            from torch.nn.attention.varlen import varlen_attn  # takes a second, so only on a GPU
+            return varlen_attn(q, k, v, seams, seams, longest, longest, window_size=(-1, 0))
+        q, k, v = (x.transpose(0, 1)[None].split(self.lengths, dim=2) for x in (q, k, v))
+        outputs = [F.scaled_dot_product_attention(*document, is_causal=True)
+                   for document in zip(q, k, v, strict=True)]  # (1, H, n, D) each
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # (N, H, D)

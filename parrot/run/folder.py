@@ -26,7 +26,7 @@ from parrot import assistant
 from parrot.config import Recipe
 from parrot.files.hub import DataFiles, Found
 from parrot.run import report
-from parrot.system.console import UserError, say
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
@@ -41,48 +41,39 @@ class Progress:
 
 
 def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
-    """What run.json says of a run: enough to repeat it, and to notice that another one differs.
-
-    It may be published, so it names the files, but not the folders of this machine.
-    """
+    """What run.json says of a run. It may be published, so it names no folder of this machine."""
     names = {"weights": public_name(weights), "data": public_name(data),
              "val_data": config.val_data and Path(config.val_data).name}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     for path in data.files:
         notes = [note.replace(str(path), path.name) for note in notes]
-    return {
-        "config": {**asdict(config), **names, "out": Path(config.out).name},
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
-        "data": {**data.origin, "name": names["data"],
-                 "files": {path.name: sha256 for path, sha256 in data.hashes.items()}},
-        "versions": {"python": platform.python_version(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}",
-        "notes": notes, **more, "finished": False}
+    hashes = {path.name: sha256 for path, sha256 in data.hashes.items()}
+    return {"config": {**asdict(config), **names, "out": Path(config.out).name},
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
+            "data": {**data.origin, "name": names["data"], "files": hashes},
+            "versions": {"python": platform.python_version(), **versions},
+            "machine": f"{platform.system()} {platform.machine()}",
+            "notes": notes, **more, "finished": False}
 
 
 def public_name(found: Found | DataFiles):
-    """The name of weights or data without the folders of this machine; a Hub id stays whole."""
-    name = found.origin["name"]
-    return name if found.origin["from"].startswith("Hugging Face Hub") else Path(name).name
-
-
-def recipe(about, config: Recipe):
-    """What a resumed run must not change, of a run.json: {what: its value}."""
-    values = {"the data's sha256": about["data"]["files"],
-              "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
-    for field in fields(config):
-        if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
-            values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
-    return values
+    """The name of weights or data without its folder; "from" has the whole id of the Hub."""
+    return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
-    saved = read_json(path)
+    def recipe(about):
+        values = {"the data's sha256": about["data"]["files"],
+                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
+        for field in fields(config):
+            if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
+                values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
+        return values
     with report.contents_of(path):
-        before = recipe(saved, config)
-    for what, value in recipe(about, config).items():
+        before = recipe(read_json(path))
+    for what, value in recipe(about).items():
         if before[what] != value:
             raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
                             "the same settings and files, or start anew with another --out.")
@@ -94,9 +85,8 @@ def writing(method):
         try:
             return method(self, *args, **kwargs) if self.writes else None
         except (OSError, safetensors.SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot write into {self.path}: {reason}. {self.what_is_safe()}") from None
+            fault = f"cannot write into {self.path}: {getattr(error, 'strerror', None) or error}"
+            raise UserError(f"{fault}. {self.what_is_safe()}") from None
     return guarded
 
 
@@ -111,20 +101,15 @@ class RunFolder:
 
     @writing
     def begin(self, resume):
-        """Refuse to write over another run, or to resume none; called before anything slow."""
+        """Refuse to write over another run, or to resume none."""
         about = report.read_if_there(self.path / "run.json")
         names = os.listdir(self.path) if self.path.exists() else []
-        if about.get("finished"):
-            refusal = "holds a finished run; what is finished is neither resumed nor written over"
-        elif resume and not about:
-            refusal = "holds no run to resume"
-        elif about and not resume:
-            refusal = "holds an unfinished run (--resume goes on)"
-        elif not about and not all(name.endswith(".part") for name in names):
-            refusal = "is not empty and not a run's folder"
-        else:
-            return
-        raise UserError(f"{self.path} {refusal}. Choose another --out.")
+        refuse(f"--out {self.path}", {
+            "holds a finished run: delete it, or name another": about.get("finished"),
+            "holds an unfinished run: go on with --resume, or name another": about and not resume,
+            "holds no run to resume": resume and not about,
+            "is not empty and not a run's folder: name another":
+                not about and not all(name.endswith(".part") for name in names)})
 
     @writing
     def open(self, about, resume):
@@ -147,14 +132,12 @@ class RunFolder:
             import fcntl
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
         except BlockingIOError:
-            raise UserError(f"another train.py is at work in {self.path}: wait until it ends, or "
-                            "stop it (Ctrl-C, kill)") from None
+            raise UserError(f"another train.py is at work in {self.path}: stop it first") from None
         except (ImportError, OSError):
             pass  # no locking available here: Windows, some network disks
 
     @writing
     def log(self, **values):
-        """Add a line to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -180,17 +163,15 @@ class RunFolder:
         (self.path / "lock.part").unlink()
 
     def what_is_safe(self):
-        """A sentence for somebody whose run broke off."""
         if self.checkpoint.is_file():
             return f"{self.checkpoint} is whole: --resume goes on from it."
         return "No checkpoint was written yet."
 
     @writing
     def save(self, model, optimizer, progress: Progress):
-        """Write all that a resumed run needs: the weights, AdamW's moments, the progress.
+        """Write all that a resumed run needs; UserError, and no change, if it is not finite.
 
         The order of the examples follows from seed and step, and nothing else is random.
-        UserError where a number is not finite; the checkpoint before it stays.
         """
         if not self.keeps or progress.step == 0:
             return
@@ -201,8 +182,7 @@ class RunFolder:
                                 f"{self.what_is_safe()}")
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
-        replace_file(self.checkpoint,
-                     lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace_file(self.checkpoint, lambda path: save_file(tensors, path, metadata=metadata))
 
     @writing
     def restore(self, model, optimizer):
@@ -211,18 +191,12 @@ class RunFolder:
         if self.checkpoint.is_file():
             with report.contents_of(self.checkpoint):
                 progress = load(self.checkpoint, tensors_of(model, optimizer))
-        else:
-            say(f"{self.path} holds no checkpoint yet: starting from the beginning")
-        self._rewind_metrics(progress.step)
-        return progress
-
-    @writing
-    def _rewind_metrics(self, step):
-        """Drop the lines that a resumed run will write again: all after `step`'s own."""
+        # Drop the lines after those of its step: they will be written again.
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
-        before = lines[:max(ends[:step], default=0)]
-        replace_file(self.metrics, lambda temporary: temporary.write_bytes(b"".join(before)))
+        before = b"".join(lines[:max(ends[:progress.step], default=0)])
+        replace_file(self.metrics, lambda path: path.write_bytes(before))
+        return progress
 
 
 def tensors_of(model, optimizer):
@@ -241,18 +215,16 @@ def load(path, tensors):
     """A checkpoint into `tensors` -> its Progress. ValueError, before that, if it does not fit."""
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(file.metadata()["progress"])
+        progress = Progress(**json.loads(file.metadata()["progress"]))
     for field in fields(Progress):
-        value = values[field.name]
+        value = getattr(progress, field.name)
         if not isinstance(value, field.type) or not math.isfinite(value or 0):
             raise ValueError(f"{field.name} is {value!r}")
-    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in group.items()}
-              for group in (tensors, saved)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("its tensors are those of another model")
-    if any(saved[name] != values["step"] for name in saved if name.startswith("step.")):
-        raise ValueError("its moments are of another step")
-    progress = Progress(**values)
+    for name in tensors.keys() | saved.keys():
+        if (saved[name].shape, saved[name].dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise ValueError(f"{name} has another shape or type")
+        if name.startswith("step.") and saved[name] != progress.step:
+            raise ValueError(f"{name} is of another step")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress

@@ -12,7 +12,6 @@ from parrot.data import Batch, Examples
 from parrot.files import hub
 from parrot.sampling import replies
 from parrot.system.console import UserError, printable, run_program
-from parrot.system.device import pick_device
 from parrot.training import token_losses
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
@@ -36,7 +35,7 @@ def losses_of(assistant: Assistant, question, tokens):
     """-log p of each token of an answer."""
     prompt = assistant.prompt([{"role": "user", "content": question}])
     is_target = [False] * len(prompt) + [True] * len(tokens)
-    batch = Batch.of(Examples.of([(prompt + tokens, is_target)]), [0], assistant.model.device)
+    batch = Batch.of(Examples.of([(prompt + tokens, is_target)]), [0])
     return token_losses(assistant.model, batch, torch.float32).tolist()
 
 
@@ -46,8 +45,8 @@ def main():
         raise UserError("usage: python -m parrot.run.portrait QUESTION ANSWER MODEL [MODEL ...]")
     question, answer, *names = sys.argv[1:]
     for name in names:
-        folder, device = hub.find_weights(name).path, pick_device("auto")
-        assistant = Assistant.load(name, folder, torch.float32, device, many=False)
+        folder = hub.find_weights(name).path
+        assistant = Assistant.load(name, folder, torch.float32, "cpu", many=False)
         tokens = [*assistant.tokenizer.encode(answer), assistant.tokenizer.control(IM_END)]
         losses = losses_of(assistant, question, tokens)
         print(printable(name))

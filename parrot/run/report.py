@@ -1,7 +1,6 @@
-"""report.html and README.md (the model card): two pages, made from the files of a run's folder.
+"""report.html and README.md (the model card), made from the files of a run's folder.
 
-Those are run.json, metrics.jsonl and parrot.evaluate's evaluation.json. The report needs no
-network and no script.
+Those are run.json, metrics.jsonl and parrot.evaluate's evaluation.json.
 """
 
 import json
@@ -23,14 +22,13 @@ MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ",
 
 
 def write(folder):
-    """Write both pages into a run's folder; neither, but a UserError, if a file is damaged."""
+    """Write both pages into a run's folder. UserError, and no change, if a file is damaged."""
     report, card = render(Path(folder))
     replace_text(Path(folder, "report.html"), report)
     replace_text(Path(folder, "README.md"), card)
 
 
 def render(folder):
-    """The files of a run's folder -> (report, card)."""
     about = read_json(folder / "run.json")
     table = read_if_there(folder / "evaluation.json").get("table", [])
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
@@ -88,16 +86,14 @@ def markdown(value):
 
 
 def html_rows(table):
-    """Lists of values as the rows of a table."""
     cells = ["".join(f"<td>{html(value)}</td>" for value in row) for row in table]
     return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 def markdown_table(table):
-    """Lists of values as a table; the first is its head."""
     lines = [f"| {' | '.join(map(markdown, row))} |" for row in table]
     if table:
-        lines.insert(1, "|---" * len(table[0]) + "|")
+        lines.insert(1, "|---" * len(table[0]) + "|")  # below the head
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def option(default, help, *, choices=None, may_change=False, **bounds):
-    """A dataclass field that is a command-line option, too; bounds: above, at_least, at_most.
+    """A dataclass field that is a command-line option, too. bounds: the keys of BOUNDS.
 
     may_change: it changes no result beyond rounding, so a resumed run may set it differently.
     """
@@ -23,41 +23,33 @@ def parse(config_class, argv, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for setting in fields(config_class):
         flag, choices = "--" + setting.name.replace("_", "-"), setting.metadata["choices"]
-        help = setting.metadata["help"].replace("%", "%%")
+        more = {"help": setting.metadata["help"].replace("%", "%%"), "default": setting.default}
         if setting.default is not None and setting.default is not False:
-            help += f" (default {setting.default})"
+            more["help"] += f" (default {setting.default})"
         if setting.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
-        elif setting.type == list[str]:  # has to be given, so it stands without a flag
-            parser.add_argument(setting.name, nargs="+", metavar="MODEL", help=help)
-        elif setting.type in (list[str] | None, list[str] | str):
-            parser.add_argument(flag, nargs="+", metavar="NAME", help=help,
-                                default=setting.default)
+            parser.add_argument(flag, action="store_true", **more)
+        elif setting.type == list[str]:  # required, so it stands without a flag
+            parser.add_argument(setting.name, nargs="+", metavar="MODEL", **more)
+        elif list[str] in typing.get_args(setting.type):
+            parser.add_argument(flag, nargs="+", metavar="NAME", **more)
         else:
             kind = (typing.get_args(setting.type) or [setting.type])[0]  # int of int | None
-            parser.add_argument(flag, type=_bounded(kind, setting.metadata["bounds"]), help=help,
-                                choices=choices, default=setting.default,
-                                metavar=None if choices else kind.__name__.upper())
+            metavar = None if choices else kind.__name__.upper()
+            parser.add_argument(flag, type=kind, choices=choices, metavar=metavar, **more)
     args = parser.parse_args(argv)
     if getattr(args, "quickstart", False):  # other defaults, which options beside it still override
         parser.set_defaults(**config_class.QUICKSTART)
         args = parser.parse_args(argv)
+    for setting in fields(config_class):
+        value, argument = getattr(args, setting.name), setting.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"argument --{argument}: {value} is not a finite number")
+        for name, bound in setting.metadata["bounds"].items():
+            if value is not None and not BOUNDS[name](value, bound):
+                fault = f"{value:g} must be {name.replace('_', ' ')} {bound}"
+                parser.error(f"argument --{argument}: {fault}")
     config = config_class(**vars(args))
     for fault, is_so in getattr(config, "contradictions", dict)().items():
         if is_so:
             parser.error(fault)
     return config
-
-
-def _bounded(kind, bounds):
-    """A converter for argparse that refuses what is out of bounds, NaN and infinity included."""
-    def convert(text):
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        for name, bound in bounds.items():
-            if not BOUNDS[name](value, bound):
-                raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {bound}")
-        return value
-    convert.__name__ = kind.__name__  # argparse says "invalid int value"
-    return convert

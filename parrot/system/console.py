@@ -10,12 +10,12 @@ import time
 import unicodedata
 from itertools import zip_longest
 
-# On a CPU torch has no exception class for these, some of which come from oneDNN and from C++.
+# On a CPU torch has no exception class for these: some come from oneDNN and from C++.
 NO_MEMORY = "out of memory|can't allocate memory|could not create a primitive|std::bad_alloc"
 
 
 class UserError(Exception):
-    """Something the user can mend; its text says what was wrong, where, and what to do."""
+    """Something the user can mend: what was wrong, where, and what to do."""
 
 
 def refuse(subject, faults):
@@ -26,7 +26,7 @@ def refuse(subject, faults):
 
 
 class Interrupted(Exception):
-    """Interrupted(message, exit status): a signal ended the run in good order."""
+    """Interrupted(message, exit status): a signal ended the run; nothing is lost."""
 
 
 class _Stream:
@@ -56,9 +56,9 @@ def say(*lines):
 
 def run_program(main):
     """Run `main()` and leave with its exit status, after one line on stderr if it failed."""
-    for stream in (sys.stdin, sys.stdout):  # what cannot be shown, or read, is "?"
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # else it is closed
+            stream.reconfigure(errors="replace")  # what cannot be shown, or read, is "?"
     sys.stdout, sys.stderr = _Stream(sys.stdout, fails=True), _Stream(sys.stderr, fails=False)
     try:
         return main()
@@ -70,12 +70,12 @@ def run_program(main):
         line, status = "interrupted", 130
     except UserError as error:
         line, status = f"error: {error}", 1
-    except OSError as error:  # a disk, a folder or a pipe that refuses
+    except OSError as error:  # a disk, a folder or a pipe
         place = error.filename or "input or output"
         line, status = f"error: {place}: {error.strerror or error}", 1
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
-            raise  # a fault of this project
+            raise  # a bug
         line, status = ("error: out of memory: lower --micro-batch-tokens in training, "
                         f"--num-samples or --max-new-tokens in sampling ({error!s:.100})"), 1
     if os.environ.get("RANK", "0") != "0":
@@ -85,9 +85,9 @@ def run_program(main):
 
 
 class StopSignal:
-    """Notes Ctrl-C, SIGTERM or a hang-up: `status` turns from None to what to exit with.
+    """Notes Ctrl-C, SIGTERM or a hang-up: `status` becomes what to exit with.
 
-    The handler may interrupt a print, so a thread tells the user. The second signal ends all.
+    The handler may interrupt a print, so a thread tells the user. A second signal ends the program.
     """
 
     def __enter__(self):
@@ -127,12 +127,10 @@ def printable(text):
     return text.translate({ord(char): ascii(char)[1:-1] for char in hidden - {"\n", "\t"}})
 
 
-def side_by_side(columns, width):
-    """Lists of texts -> one text with a column for each list, or below each other if too narrow."""
-    width = width // len(columns) - 2
-    if width < 24:
-        return "\n\n".join("\n".join(texts) for texts in columns)
-    wrapped = [[row for line in "\n".join(texts).split("\n")
-                for row in textwrap.wrap(line, width) or [""]] for texts in columns]
-    rows = zip_longest(*wrapped, fillvalue="")
+def side_by_side(texts, width):
+    """Texts -> one text with a column for each."""
+    width = max(24, width // len(texts) - 2)
+    columns = [[row for line in text.split("\n") for row in textwrap.wrap(line, width) or [""]]
+               for text in texts]
+    rows = zip_longest(*columns, fillvalue="")
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)

@@ -11,9 +11,9 @@ from parrot.system.console import UserError
 
 
 def read_json(path):
-    """A file that holds a JSON object; UserError where it does not."""
+    """A file that holds a JSON object. UserError."""
     try:
-        content = json.loads(open_to_read(path).read().decode("utf-8"), parse_int=_integer)
+        content = json.loads(open_to_read(path).read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -21,14 +21,7 @@ def read_json(path):
     return content
 
 
-def _integer(digits):
-    if len(digits) > 40:  # Hugging Face writes 10**30 for "no limit"
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
 def sha256_of(path):
-    """The sha256 of a file, as hexadecimal digits; UserError where it cannot be read."""
     digest = hashlib.sha256()
     with open_to_read(path) as file:
         while block := file.read(1 << 20):
@@ -46,21 +39,19 @@ def open_to_read(path):
 
 
 def write_json(path, content):
-    """Write `content` as JSON, whole or not at all."""
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def replace_text(path, text):
-    """Make `text` the content of a file, whole or not at all. Lone surrogates become escapes."""
-    data = text.encode("utf-8", "backslashreplace")  # names of files hold some; JSON reads them
+    data = text.encode("utf-8", "backslashreplace")  # lone surrogates, as in names of files
     replace_file(path, lambda temporary: temporary.write_bytes(data))
 
 
 def replace_file(path, write):
     """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
 
-    Even at a power cut, `path` is the old file or the new one. The temporary name is random, so no
-    symbolic link can wait there.
+    Even after a power cut, `path` is the old file or the new one. The temporary name is random:
+    nobody can have put a symbolic link there.
     """
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
@@ -76,9 +67,8 @@ def replace_file(path, write):
 
 def flush(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
-    is_folder = Path(path).is_dir()
-    if is_folder and os.name == "nt":
+    if os.name == "nt" and Path(path).is_dir():
         return  # Windows cannot open folders, and needs no flush of them
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -4,8 +4,6 @@ Each process computes a share of every step's ribbons. Losses are sums, divided 
 so the sum of all processes' gradients is the gradient of a single process.
 """
 
-import hashlib
-import json
 import os
 from contextlib import contextmanager
 
@@ -17,9 +15,9 @@ from parrot.system.console import UserError
 
 
 def torchrun_place():
-    """torchrun's variables -> rank, number of processes, rank on this machine; 0, 1, 0 without."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    values = {name: os.environ.get(name, default) for name, default in names.items()}
+    """torchrun's variables -> rank, number of processes, rank on this machine."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    values = {name: os.environ.get(name, alone[name]) for name in alone}
     if all(value.isdecimal() for value in values.values()):
         rank, size, local_rank = map(int, values.values())
         if rank < size and local_rank < size and (size == 1 or "MASTER_ADDR" in os.environ):
@@ -38,16 +36,16 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
     def share(self, items):
-        """Every size-th item; maybe none. All processes together have each item once."""
+        """Every size-th item; maybe none."""
         return items[self.rank::self.size]
 
     def sum(self, *numbers):
         """Each number, summed over all processes."""
-        return self._reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return self._together(dist.all_reduce, torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def largest(self, number):
         """The largest of all processes' whole numbers; None counts as 0."""
-        return int(self._reduce(torch.tensor(number or 0), dist.ReduceOp.MAX))
+        return int(self._together(dist.all_reduce, torch.tensor(number or 0), dist.ReduceOp.MAX))
 
     def sum_step(self, model, *numbers):
         """Sum every `.grad` and each number over all processes in one message; -> the numbers."""
@@ -57,26 +55,22 @@ class Processes:
             if parameter.grad is None:  # this process had no ribbon
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in model.parameters()]
-        flat = self._reduce(parameters_to_vector([*gradients, gradients[0].new_tensor(numbers)]))
+        flat = parameters_to_vector([*gradients, gradients[0].new_tensor(numbers)])
+        self._together(dist.all_reduce, flat)
         vector_to_parameters(flat, gradients)  # all but the numbers, which come last
         return flat[-len(numbers):].tolist()
 
-    def copy_first(self, value, tensors):
+    def copy_first(self, value, tensors=()):
         """The first process's value to all, and its tensors into theirs."""
-        values = [value]
-        if self.size > 1:
-            self._together(dist.broadcast_object_list, values, device=torch.device("cpu"))
-            for tensor in tensors:
-                self._together(dist.broadcast, tensor, 0)
-        return values[0]
+        [value] = self._together(dist.broadcast_object_list, [value], device=torch.device("cpu"))
+        for tensor in tensors:
+            self._together(dist.broadcast, tensor, 0)
+        return value
 
-    def check_same(self, values):
-        """UserError where {what: its hashes} is not that of every other process."""
-        for what, hashes in values.items():
-            digest = hashlib.sha256(json.dumps(hashes).encode()).digest()
-            number = int.from_bytes(digest[:6], "big")
-            if number != self.largest(number):
-                raise UserError(f"the {what} on this machine is not that of another process")
+    def check_same(self, what, value):
+        """UserError in every process if `value` is not the same in all of them."""
+        if self.largest(int(value != self.copy_first(value))):
+            raise UserError(f"the processes do not have the same {what}")
 
     @contextmanager
     def one_after_the_other(self):
@@ -88,18 +82,15 @@ class Processes:
             self.sum(0)
 
     def close(self):
-        """Leave the other processes, at the end of the program."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    def _reduce(self, tensor, operation=dist.ReduceOp.SUM):
-        if self.size > 1:
-            self._together(dist.all_reduce, tensor, operation)
-        return tensor
-
-    def _together(self, function, *args, **kwargs):
+    def _together(self, function, message, *args, **kwargs):
+        """A function of torch.distributed on a message, in place; -> the message."""
         try:
-            function(*args, **kwargs)
+            if self.size > 1:
+                function(message, *args, **kwargs)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"another process of this run has ended ({reason})") from None
+        return message

@@ -18,9 +18,9 @@ def test_every_query_is_in_one_tile_with_all_that_it_may_see(lengths):
     starts = torch.tensor([0, *lengths]).cumsum(0)
     start_of = torch.cat([start.repeat(length) for start, length in zip(starts, lengths)])  # (N,) of each token's document
     queries, ribbon = 0, tiles.Tiles(lengths)
-    for key, query, end in ribbon.places:
+    for (key, query, end), mask in zip(ribbon.places, ribbon.masks):
         assert query == queries and query < end <= query + tiles.TILE
-        mask, keys = ribbon._mask(key, query, end, torch.float32)[:, 0], torch.arange(key, end)
+        mask, keys = mask[:, 0], torch.arange(key, end)
         assert key <= start_of[query:end].min()
         visible = (keys >= start_of[query:end, None]) & (keys <= torch.arange(query, end)[:, None])
         assert torch.equal(mask == 0, visible) and torch.equal(mask == float("-inf"), ~visible)

