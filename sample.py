@@ -60,6 +60,8 @@ def load(name, config) -> Assistant:
         dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
     folder = hub.find_weights(name).path
     assistant = Assistant.load(name, folder, dtype, device, config.format, many)
+    if config.system is not None and not assistant.chats:
+        raise UserError(f"{name} has no chat template, so it reads no --system: see --format chat")
     if config.system is not None:
         assistant.system = config.system
     return assistant

@@ -19,7 +19,7 @@ from parrot.files import hub, model_folder
 from parrot.run import portrait
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.system.console import Interrupted, StopSignal, UserError, say
-from parrot.system.device import peak_memory, pick, tokens_per_forward
+from parrot.system.device import name_of, peak_memory, pick, tokens_per_forward
 from parrot.system.distributed import Processes
 from parrot.training import held_out_loss, make_optimizer
 
@@ -42,7 +42,8 @@ class Trainer:
             files, weights = self.find_data(), hub.find_weights(config.weights)
             self.model, self.tokenizer = assistant.load(weights.path, torch.float32, device)
             self.saved_dtype = model_folder.stored_dtype(weights.path)
-            budget = tokens_per_forward(self.model, self.dtype)
+            longest = 0 if fast.enabled else config.max_length
+            budget = tokens_per_forward(self.model, self.dtype, longest)
             self.max_tokens = config.micro_batch_tokens or budget
             self.train_set, self.val_set, notes = self.load_data(files)
         longest, context = self.train_set.longest, self.model.config.max_position_embeddings
@@ -63,7 +64,7 @@ class Trainer:
             self._open(describe(
                 config, weights, files, self.dtype, notes, objective=self.objective,
                 examples=len(self.train_set), held_out=len(self.val_set), steps=self.total_steps,
-                longest=longest, device=str(device), processes=self.processes.size,
+                longest=longest, device=name_of(device), processes=self.processes.size,
                 compiled=compiled, micro_batch_tokens=self.max_tokens))
 
     def _open(self, about):
@@ -116,7 +117,9 @@ class Trainer:
         moments = 8 * sum(parameter.numel() for parameter in self.model.parameters())  # AdamW's
         memory = (peak_memory(self.model.device) + moments) / 1e9
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
-            f"{hours:.1f} h and {memory:.1f} GB of memory. Nothing was written.")
+            f"{hours:.1f} h, {memory:.1f} GB of memory, {3.5 * moments / 1e9:.1f} GB of disk. "
+            f"{self.num_tokens:,.0f} tokens in all, {moments // 8:,} parameters. Nothing was "
+            "written.")
 
     def steps(self):
         """Yield the number of each step to do, from 0; evaluate in between."""
@@ -226,10 +229,15 @@ class Trainer:
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         best = Assistant.of("", self.model, self.tokenizer, "chat")
-        if folder.keeps:
+        if folder.keeps and folder.writes:
             best = Assistant.load("", folder.path, torch.float32, device)
         self._ask("after", best)
         folder.finish(peak_memory=peak_memory(device))
+        progress = self.progress
+        say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
+            f"{peak_memory(device) / 1e9:.1f} GB at most")
+        if len(self.val_set):
+            say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
         if folder.keeps:
             say(f"Ask it: python sample.py --model {shlex.quote(str(folder.path))}")
         self.processes.close()

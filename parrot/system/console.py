@@ -15,7 +15,10 @@ NO_MEMORY = "out of memory|can't allocate memory|could not create a primitive|st
 
 
 class UserError(Exception):
-    """Something the user can mend: what was wrong, where, and what to do."""
+    """Something the user can mend: what was wrong, where, and what to do, in one line."""
+
+    def __init__(self, text):
+        super().__init__(" ".join(text.splitlines()))
 
 
 def refuse(subject, faults):

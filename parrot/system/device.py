@@ -58,14 +58,24 @@ def multiplies_bfloat16(device):
     return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
 
 
-def tokens_per_forward(model, dtype):
-    """The token budget of one forward: what the memory holds, up to where more no longer pays."""
+def name_of(device):
+    """The name of the card, or what kind of device it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tokens_per_forward(model, dtype, longest=0):
+    """The token budget of one forward: what the memory holds, up to where more no longer pays.
+
+    longest: of the documents, if attention keeps a weight for each pair of tokens (--plain).
+    """
     if model.device.type != "cuda":
         return 1536  # on two cores 2048 took a fifth more memory, 1024 was 2% slower
     # An estimate: weights, gradients and two moments in float32, 1 GB for logits, and for each
     # token some 35 numbers of every layer's width.
     fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9
-    per_token = 35 * model.config.num_hidden_layers * model.config.hidden_size * dtype.itemsize
+    config = model.config
+    per_token = 35 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    per_token += 12 * config.num_hidden_layers * config.num_attention_heads * longest
     spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed
     return int(min(16384, max(1024, spare / per_token)))
 
