@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, join, pieces_of, text_of
+from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
 from parrot.files.hub import DataFiles
@@ -122,8 +122,8 @@ def write_part(path, sha256, start, tokenizer: Tokenizer, skip_bad, pairs, folde
     def encoded():
         while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
             batch = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
-            for item, pieces in zip(chunk, batch, strict=True):
-                yield *join(pieces), item.number, prompt_hash(item.messages)
+            for item, example in zip(chunk, batch, strict=True):
+                yield *example, item.number, prompt_hash(item.messages)
                 for remark in remarks_on(item):
                     places[remark][item.number] = True
     examples.write(folder, encoded(), tokenizer.vocab_size)
