@@ -48,8 +48,7 @@ def prompt_hash(messages):
 def is_held_out(prompt_hash, fraction):
     """Whether an example is kept from training: by the hash of its prompt alone.
 
-    So the same prompt never stands on both sides, and neither the order of the file nor the seed
-    changes the split. An array of hashes gives an array.
+    So the same prompt never stands on both sides, whatever the order of the file and the seed.
     """
     return prompt_hash < fraction * 2.0**63
 
@@ -85,7 +84,8 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
 
 def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examples=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached."""
-    most = (max_examples or math.inf) * (2 if pairs else 1)
+    versions = 2 if pairs else 1  # of a conversation
+    most = (max_examples or math.inf) * versions
     recipe = [hashlib.sha256(tokenizer.content).hexdigest(), skip_bad, pairs, PART, CODE]
     parts, counts, places = [], Counter(), defaultdict(list)
     starts = [(path, start) for path in data.files
@@ -103,9 +103,8 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examp
             break
     found = Examples.joined(parts)
     found = found.where(np.arange(len(found)) < most)
-    fits = found.lengths <= max_length
-    if pairs:  # both or none
-        fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
+    fits = found.lengths.reshape(-1, versions).max(axis=1) <= max_length
+    fits = fits.repeat(versions)  # both or none
     remarks = [f"{count} {remark} ({', '.join(places[remark][:3])}{' ...' if count > 3 else ''})"
                for remark, count in counts.items()]
     if not fits.all():

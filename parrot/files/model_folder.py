@@ -86,22 +86,20 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
         tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    allowed = {"lm_head.weight": shapes["model.embed_tokens.weight"], **shapes}
+    is_tied = "lm_head.weight" not in shapes  # yet some folders hold it
+    head = tensors.pop("lm_head.weight", None) if is_tied else None
     for name in sorted(shapes.keys() | tensors.keys()):
-        where = f"{path}: tensor {name}"
-        if name not in tensors:
-            raise UserError(f"{where} is missing")
-        if name not in allowed:
-            raise UserError(f"{where} has no place in this architecture")
-        tensor = tensors[name]
-        if tensor.shape != allowed[name] or not tensor.is_floating_point():
-            raise UserError(f"{where} is {list(tensor.shape)} of {tensor.dtype}, expected "
-                            f"{list(allowed[name])} of floats")
+        if name not in tensors or name not in shapes:
+            fault = "has no place in this architecture" if name in tensors else "is missing"
+            raise UserError(f"{path}: tensor {name} {fault}")
+        tensor, shape = tensors[name], shapes[name]
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name} is {list(tensor.shape)} of {tensor.dtype}, "
+                            f"expected {list(shape)} of floats")
         tensors[name] = tensor.to(device, dtype)
-    if "lm_head.weight" not in shapes:  # tied, yet some folders hold it
-        embeddings = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.pop("lm_head.weight", embeddings), embeddings):
-            raise UserError(f"{path}: lm_head.weight differs from the embeddings it is tied to")
+    embeddings = tensors["model.embed_tokens.weight"]
+    if head is not None and not torch.equal(head.to(device, dtype), embeddings):
+        raise UserError(f"{path}: lm_head.weight differs from the embeddings it is tied to")
     refuse_infinite(tensors, folder)
     return tensors
 
@@ -115,7 +113,7 @@ def refuse_infinite(tensors, folder):
 def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None):
     """Write a folder that transformers, and llama.cpp's converter, read too; the weights go last.
 
-    tensors: on the CPU, in the dtype to save; if one is not finite, UserError and no change.
+    tensors: on the CPU; if one is not finite, UserError and no change.
     """
     folder = Path(folder)
     refuse_infinite(tensors, folder)

@@ -42,15 +42,14 @@ class Tokenizer:
 
     def _check(self, whole, known):
         """Refuse what changes text, or what joins text over the seams of chat.pieces_of."""
-        model, decoder = self.backend.model, self.backend.decoder
+        model, text = self.backend.model, self.decode(self.encode(TRIAL))
         is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
-        text = self.decode(self.encode(TRIAL))
         pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
         tokens = [[self.control(piece)] if piece in known else self.encode(piece)
                   for piece in pieces]
         refuse(self.folder / "tokenizer.json", {
             "is no byte-level BPE like SmolLM2's (or has dropout)":
-                not is_bpe or not isinstance(decoder, tokenizers.decoders.ByteLevel),
+                not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
             f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
             "makes other tokens of a conversation than of its pieces":
                 IM_END in known and sum(tokens, []) != whole})
@@ -68,7 +67,6 @@ class Tokenizer:
         return template or None
 
     def control(self, name: str) -> int:
-        """The id of a control token; UserError where the tokenizer has no such token."""
         token = self.backend.token_to_id(name)
         if token is None:
             raise UserError(f"{self.folder} cannot chat: no token {name} (see --format plain)")
