@@ -53,8 +53,8 @@ AT_ONCE = 64  # replies that self-play writes together, and keeps together
 class PreferenceConfig(Recipe):
     weights: str = option("out/littleparrot", f"the policy's start, and the reference: {WEIGHTS}")
     data: list[str] | str | None = option(None, "pairs: records with prompt, chosen, rejected")
-    self_play: str | None = option(None, "in place of pairs: data whose replies are chosen, while "
-                                   f"the model's own are rejected: {DATA}")
+    self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
+                                   f"own replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
     epochs: int = option(1, "how often every pair is seen", at_least=1)
@@ -66,24 +66,15 @@ class PreferenceConfig(Recipe):
                 "name either --data or --self-play": bool(self.data) == bool(self.self_play)}
 
 
-class Pairs:
-    """Examples of which 2 i is chosen and 2 i + 1 is rejected, as pairs."""
+class Pairs(Examples):
+    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one: a pair."""
 
     def __init__(self, examples: Examples):
-        self.examples = examples
-        self.lengths, self.longest = examples.lengths.reshape(-1, 2).sum(1), examples.longest
+        index = examples.index[::2].copy()
+        index[:, 2] += examples.lengths[1::2]
+        super().__init__(examples.parts, index)
+        self.examples, self.longest = examples, examples.longest
         self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
-
-    def __len__(self):
-        return len(self.examples) // 2
-
-    def __getitem__(self, i):
-        """(tokens, is_target) of both, end to end."""
-        both = zip(self.examples[2 * i], self.examples[2 * i + 1], strict=True)
-        return tuple(map(np.concatenate, both))
-
-    def source(self, i):
-        return self.examples.source(2 * i)
 
 
 @dataclass
@@ -157,22 +148,23 @@ class PreferenceTrainer(Trainer):
     @torch.no_grad()
     def held_out(self, should_stop):
         """{"val_loss", "val_margin" (of rewards), "val_accuracy"} of the held-out pairs."""
-        pairs, sums = self.val_set, [0.0] * 3
+        pairs, sums = self.val_set, torch.zeros(3, dtype=torch.float64)
         for _, batch in self._batches(pairs, "evaluating", self.processes.share):
             if should_stop():
                 break
             margins = preference_margins(self.model, batch, self.dtype)
             rewards = batch.beta * (margins - batch.reference)
-            terms = loss_of(rewards), rewards, (rewards > 0).float()
-            sums = [total + term.sum().item() for total, term in zip(sums, terms, strict=True)]
+            terms = torch.stack([loss_of(rewards), rewards, (rewards > 0).float()])  # (3, P)
+            sums += terms.sum(dim=1).cpu()
         if self.processes.largest(bool(should_stop())):
             return None
-        means = [total / len(pairs) for total in self.processes.sum(*sums)]
-        return dict(zip(("val_loss", "val_margin", "val_accuracy"), means, strict=True))
+        loss, margin, accuracy = self.processes.sum(*sums.tolist())
+        return {"val_loss": loss / len(pairs), "val_margin": margin / len(pairs),
+                "val_accuracy": accuracy / len(pairs)}
 
 
 def self_play(config: PreferenceConfig) -> DataFiles:
-    """Data -> pairs, AT_ONCE in a file that is kept, so that one who was stopped goes on."""
+    """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
     device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)

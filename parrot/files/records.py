@@ -111,13 +111,12 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
 def to_pair(record, unused: set):
     """A record with chosen and rejected -> two lists of messages that differ in the last reply.
 
-    Each is a reply to `prompt`, as text or as a list of turns; or all turns, the prompt among them.
+    Each is a reply to `prompt`, as text or turns; or all turns, the prompt among them.
     """
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= set(record):
         raise BadRecord(f"{record!r:.80} has not the keys chosen and rejected (and prompt)")
-    names = {*SHAPES["prompt"], *SHAPES["context"], *SHAPES["system"]}
-    rest = {name: value for name, value in record.items() if name in names}
-    pair = []
+    others = record.keys() - {*SHAPES["pair"], *SHAPES["turns"]}  # some repeat chosen as messages
+    rest, pair = {name: record[name] for name in others}, []
     for key in SHAPES["pair"]:
         turns = _turns(record[key], key, set(), "assistant")
         is_reply = [turn["role"] for turn in turns[:1]] == ["assistant"]
@@ -129,8 +128,6 @@ def to_pair(record, unused: set):
     if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
         raise BadRecord("chosen and rejected are equal, or answer different prompts")
     unused -= set(SHAPES["prompt"])  # it is among the turns
-    others = record.keys() - names - {"messages", "category", *SHAPES["pair"]}
-    unused |= {name for name in others if _has_text(record[name])}
     return pair
 
 

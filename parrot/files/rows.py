@@ -23,6 +23,8 @@ def naming(path):
         yield
     except (UserError, MemoryError):
         raise
+    except ImportError as error:  # Parquet
+        raise UserError(f"{path}: to read it, pip install {error.name}") from None
     except Exception as error:  # whatever a damaged file leads a library to
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
@@ -88,10 +90,7 @@ def _is_array(path):
 
 
 def _open_parquet(path):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet takes pyarrow: pip install pyarrow") from None
+    from pyarrow import parquet  # late: few need it
     return parquet.ParquetFile(path)
 
 
