@@ -90,8 +90,7 @@ def encode_prompt(messages, tokenizer: Tokenizer, system=None):
     """Messages, after `with_system` -> the tokens after which the model writes its reply."""
     pieces = pieces_of(with_system(messages, system))
     pieces += [(IM_START, False), ("assistant\n", False)]
-    [(tokens, _)] = encode_pieces([pieces], tokenizer)
-    return tokens
+    return encode_pieces([pieces], tokenizer)[0][0]
 
 
 def default_system(template):

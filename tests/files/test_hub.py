@@ -226,8 +226,8 @@ def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("me/unknown", "status 404 (404, 401: none"),
-    ("me/private", "or private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
+    ("me/unknown", "status 404 (401, 404: missing, or private"),
+    ("me/private", "status 401 (401, 404: missing, or private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
 def test_what_the_hub_refuses_is_told(find, name, words):
     told = message_of(find("weights", name))
     assert f"wanted the model {name}" in told and words in told
