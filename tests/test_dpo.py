@@ -123,6 +123,7 @@ def test_pairs_in_every_shape(record, prompt):
     ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "equal"), ({"prompt": "Q", "chosen": "A", "rejected": " "}, "expected text"),
     ({"prompt": "Q", "chosen": "A"}, "has not the keys chosen and rejected"), ([USER, GOOD], "has not the keys"),
     ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "R"}, BAD]}, "different prompts"),
+    ({"chosen": [USER, GOOD, USER, {**GOOD, "weight": 0}], "rejected": [USER, BAD]}, "reply to learn from"),
     ({"prompt": "Q", "chosen": None, "rejected": "A"}, "expected text"), ({"chosen": "A", "rejected": "B"}, "expected turns .*, or prompt"),
     ({"chosen": [USER], "rejected": [USER, BAD]}, "no reply|does not end with a reply"),
     ({"prompt": "Q", "chosen": [], "rejected": "A"}, "expected|empty"), ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "does not end")])
@@ -144,9 +145,9 @@ def test_pairs_of_turns_in_parquet(tmp_path):
 
 
 def test_a_remark_on_a_pair_is_counted_once(records_file, tiny_tokenizer):
-    path = records_file([{**pair, "hint": "C"} for pair in some_pairs(2)])
+    path = records_file([{**pair, "response": "C"} for pair in some_pairs(2)])
     examples, _, told = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0, pairs=True)
-    assert len(examples) == 4 and told == [f"2 records have text under 'hint', which is not used ({path}:1, {path}:2)"]
+    assert len(examples) == 4 and told == [f"2 records have text under 'response', which is not used ({path}:1, {path}:2)"]
 
 
 # ---- the run

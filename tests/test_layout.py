@@ -22,7 +22,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for path in SOURCES}
 # Lines that are not blank. These are to come down, to 3,000 in all, and never to go up: before you
 # add, find what goes.
-BUDGETS = {"lesson": 1363, "fast": 431, "files": 939, "run": 604, "system": 392, "evaluate": 222}
+BUDGETS = {"lesson": 1303, "fast": 431, "files": 866, "run": 604, "system": 392, "evaluate": 222}
 
 
 def folder_of(module):

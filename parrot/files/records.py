@@ -60,7 +60,7 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None,
         try:
             yield from _to_conversations(row, source, number, pairs)
         except (BadRecord, RecursionError) as error:
-            if bad is None:  # if the first record is of another kind, so are the others
+            if bad is None:  # if not even the first can be read, skipping is no advice
                 advice = " (--skip-bad-records leaves it out)" if number > 1 else ""
                 raise UserError(f"{source}{number}: {error}{advice}") from None
             bad.append((number, str(error)))
@@ -122,12 +122,13 @@ def to_pair(record, unused: set):
         is_reply = [turn["role"] for turn in turns[:1]] == ["assistant"]
         shape = "response" if is_reply else "messages"
         *earlier, last = to_messages({**rest, shape: record[key]}, unused)
-        if last["role"] != "assistant":
-            raise BadRecord(f"{key} does not end with a reply")
+        if last["role"] != "assistant" or "weight" in last:
+            raise BadRecord(f"{key} does not end with a reply to learn from")
         pair.append([*_only_read(earlier), last])
     if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
         raise BadRecord("chosen and rejected are equal, or answer different prompts")
     unused -= set(SHAPES["prompt"])  # it is among the turns
+    unused |= {"response"} if _has_text(record.get("response")) else set()
     return pair
 
 
