@@ -37,9 +37,9 @@ class Conversation:
     """messages: [{"role", "content", perhaps "context" and "weight"}]; source: for errors."""
     messages: list[dict]
     source: str
-    number: int  # of the line, or of the row in another kind of file
-    category: str
-    unused: set  # the keys of text that is not in the messages
+    number: int = 0  # of the line, or of the row in another kind of file
+    category: str = ""
+    unused: frozenset = frozenset()  # the keys of text that is not in the messages
 
 
 class BadRecord(ValueError):
@@ -78,7 +78,7 @@ def _to_conversations(row, source, number, pairs):
         if length > LONGEST:
             raise BadRecord(f"it has {length:,} characters; more than {LONGEST:,} are refused")
     category = str(record.get("category") or "")[:80] if isinstance(record, dict) else ""
-    return [Conversation(messages, f"{source}{number}", number, category, unused)
+    return [Conversation(messages, f"{source}{number}", number, category, frozenset(unused))
             for messages in versions]
 
 
