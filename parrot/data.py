@@ -113,8 +113,8 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examp
 
 
 def write_part(path, sha256, start, tokenizer: Tokenizer, skip_bad, pairs, folder):
-    """Tokenise the PART records from `start` on into `folder`, with remarks: notes.json."""
-    bad, places = [], defaultdict(dict)  # {remark: {number of a record: True}}
+    """Tokenise the PART records from `start` on into `folder`; notes.json holds the remarks."""
+    bad, places = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
     conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
     conversations = iter(tqdm(conversations, f"tokenising {path.name}", leave=False, initial=start))
 
