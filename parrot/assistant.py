@@ -25,7 +25,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
 
 
 def save(folder, model: Llama, tokenizer: Tokenizer, dtype):
-    """Write a trained model as a folder that transformers and llama.cpp's converter read too."""
+    """Write a trained model as a folder, in `dtype`."""
     tensors = {name: parameter.detach().to("cpu", dtype)
                for name, parameter in model.named_parameters()}
     model_folder.write(folder, asdict(model.config), tensors, tokenizer, CHAT_TEMPLATE)
@@ -43,10 +43,7 @@ class Assistant:
 
     @classmethod
     def load(cls, name, folder, dtype, device, format="auto", many=True):
-        """A model folder -> Assistant. format: chat, plain, or auto: as the folder is.
-
-        many: it writes several replies at once, so that it pays to arrange the weights for that.
-        """
+        """A model folder -> Assistant; many: it writes several replies at once."""
         model, tokenizer = load(folder, dtype, device)
         if fast.enabled:  # fast/packed.py
             model = pack(model, many)
@@ -54,6 +51,7 @@ class Assistant:
 
     @classmethod
     def of(cls, name, model, tokenizer, format="auto"):
+        """format: chat, plain, or auto, which is chat if the folder has a template."""
         template = tokenizer.chat_template
         chats = format == "chat" or (format == "auto" and template is not None)
         system = default_system(template) if chats and template else None

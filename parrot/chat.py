@@ -6,8 +6,7 @@ r"""A conversation -> tokens, and which of them are targets: what the model is t
                                               Ho<|im_end|>                         all
                                               \n                                   none
 
-The code that writes a reply flags its tokens, so its end is always a target (nothing is masked for
-being equal to a padding token), and the model learns to stop. See it: python -m parrot.chat FILE
+A reply's end is always a target, so the model learns to stop. See it: python -m parrot.chat FILE
 """
 
 import re
@@ -20,8 +19,8 @@ from parrot.files.tokenizer import Tokenizer
 from parrot.system.command_line import option, parse
 from parrot.system.console import UserError, printable, run_program, say
 
-# What a trained folder carries, so that other software builds exactly our tokens. No system turn
-# is added, and texts are trimmed: white space before a reply would merge with the "\n".
+# For a trained folder, so that other software builds exactly our tokens. Texts are trimmed: white
+# space before a reply would merge with the "\n".
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) + '<|im_end|>\\n' }}"
@@ -60,30 +59,24 @@ def pieces_of(messages):
 
 
 def encode_pieces(conversations, tokenizer: Tokenizer):
-    """Lists of pieces -> the same lists with ids for texts. One batch, which uses all cores."""
-    texts = {text for pieces in conversations for text, _ in pieces}
-    ids = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
+    """Lists of pieces -> [(tokens, is_target)], two lists of one length. A batch uses all cores."""
+    texts = list({text for pieces in conversations for text, _ in pieces})
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     control_ids = {name: [tokenizer.control(name)] for name in (IM_START, IM_END)}
-
-    def ids_of(text):
-        return control_ids[text] if isinstance(text, Control) else ids[text]
-    return [[(ids_of(text), is_target) for text, is_target in pieces] for pieces in conversations]
-
-
-def join(encoded):
-    """[(ids, whether they are targets)] -> (tokens, is_target), two lists of one length.
-
-    >>> join([([5, 6], False), ([7, 8], True)])
-    ([5, 6, 7, 8], [False, False, True, True])
-    """
-    tokens = [token for ids, _ in encoded for token in ids]
-    is_target = [flag for ids, flag in encoded for _ in ids]
-    return tokens, is_target
+    encoded = []
+    for pieces in conversations:
+        tokens, is_target = [], []
+        for text, flag in pieces:
+            piece = control_ids[text] if isinstance(text, Control) else ids[text]
+            tokens += piece
+            is_target += [flag] * len(piece)
+        encoded.append((tokens, is_target))
+    return encoded
 
 
 def encode_chat(messages, tokenizer: Tokenizer):
     """Messages -> (tokens, is_target), two lists of one length."""
-    return join(encode_pieces([pieces_of(messages)], tokenizer)[0])
+    return encode_pieces([pieces_of(messages)], tokenizer)[0]
 
 
 def with_system(messages, system):
@@ -97,7 +90,7 @@ def encode_prompt(messages, tokenizer: Tokenizer, system=None):
     """Messages, after `with_system` -> the tokens after which the model writes its reply."""
     pieces = pieces_of(with_system(messages, system))
     pieces += [(IM_START, False), ("assistant\n", False)]
-    return join(encode_pieces([pieces], tokenizer)[0])[0]
+    return encode_pieces([pieces], tokenizer)[0][0]
 
 
 def default_system(template):
@@ -130,9 +123,9 @@ def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):
 def token_rows(tokens, is_target, tokenizer: Tokenizer):
     """A row of text per token: its id, whether it is a target, its text, quoted if it is text."""
     for token, flag in zip(tokens, is_target, strict=True):
-        is_control = not tokenizer.decode([token])
         text = tokenizer.decode_with_control([token])
-        yield f"{token:6}  {'target' if flag else '':6}  {text if is_control else repr(text)}"
+        shown = repr(text) if tokenizer.decode([token]) else text
+        yield f"{token:6}  {'target' if flag else '':6}  {shown}"
 
 
 @dataclass
@@ -147,12 +140,10 @@ def main():
     name, model = [*config.file, "instruct-q4"][:2]
     tokenizer = Tokenizer(hub.find_weights(model).path)
     for conversation in islice(records.read_conversations(hub.find_data(name).files[0]), 5):
-        tokens, is_target = encode_chat(conversation.messages, tokenizer)
+        tokens, is_target = encoded = encode_chat(conversation.messages, tokenizer)
         say(f"--- {conversation.source}: {len(tokens)} tokens, {sum(is_target)} of them targets")
-        if config.tokens:
-            print(*token_rows(tokens, is_target, tokenizer), sep="\n")
-        else:
-            print(coloured(tokens, is_target, tokenizer, colour=sys.stdout.isatty()))
+        print("\n".join(token_rows(*encoded, tokenizer)) if config.tokens else
+              coloured(*encoded, tokenizer, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

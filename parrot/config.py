@@ -1,7 +1,6 @@
 """Every setting: a dataclass field is the option, its default and its help.
 
-`learning_rate: float = option(5e-5, "...")` becomes `--learning-rate` (system/command_line.py), and
-a value out of its bounds is refused before anything loads.
+`learning_rate: float = option(5e-5, "...")` becomes `--learning-rate` (system/command_line.py).
 """
 
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub
 DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "
         "dataset id; with :test, the part of that name")
 
-# Few examples: 64 a step would be too few steps, and a third epoch memorised them (held-out loss
-# 2.32 instead of 2.13).
+# Few examples: a third epoch memorised them (held-out loss 2.32 instead of 2.13).
 QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
               "max_steps": 20, "batch_size": 16, "learning_rate": 2.5e-4, "val_fraction": 0.1,
               "eval_every": 10}
@@ -25,10 +23,9 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 @dataclass
 class Machine:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
-    dtype: str = option("bfloat16", "type of the matrix products, and of a saved model; float32 on "
+    dtype: str = option("bfloat16", "type of the matrix products and of a saved model; float32 on "
                         "hardware without bfloat16 units", choices=DTYPES)
-    plain: bool = option(False, "without the speed-ups of parrot/fast: the same result, slower",
-                         may_change=True)
+    plain: bool = option(False, "without parrot/fast: the same result, slower", may_change=True)
 
 
 @dataclass
@@ -36,8 +33,7 @@ class Recipe(Machine):
     """What train.py and parrot.dpo share."""
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: list[str] | str = option("dolly", f"what to train on: {DATA}")
-    val_data: str | None = option(None, "what to hold out in place of a share of --data: the name "
-                                  "of its part (test, validation), or as --data")
+    val_data: str | None = option(None, "what to hold out: a split of --data (test), or as --data")
     max_examples: int | None = option(None, "only the first so many of --data", at_least=1)
     out: str = option("out/littleparrot", "the run's folder", may_change=True)
     epochs: int = option(3, "how often every example is seen", at_least=1)
@@ -45,12 +41,11 @@ class Recipe(Machine):
     batch_size: int = option(64, "examples in one step, at most", at_least=1)
     micro_batch_size: int | None = option(None, "examples in one forward, at most", at_least=1,
                                           may_change=True)
-    micro_batch_tokens: int | None = option(None, "tokens in one forward; default: 1536 on a CPU, "
-                                            "16384 on a large GPU", at_least=1, may_change=True)
+    micro_batch_tokens: int | None = option(None, "tokens in one forward; default: by the device",
+                                            at_least=1, may_change=True)
     max_length: int = option(2048, "longer examples (in tokens) are left out", at_least=8)
     learning_rate: float = option(5e-5, "the peak; at 3e-4 three epochs memorise Dolly", above=0)
-    min_learning_rate: float | None = option(None, "where the cosine ends; default: a tenth of the "
-                                             "peak", at_least=0)
+    min_learning_rate: float | None = option(None, "at the end; default: peak / 10", at_least=0)
     warmup_ratio: float = option(0.1, "share of the steps that warm up", at_least=0, at_most=1)
     weight_decay: float = option(0.01, "AdamW's decay, on matrices only", at_least=0)
     beta1: float = option(0.9, "AdamW's beta1", at_least=0, at_most=0.9999)
@@ -61,11 +56,9 @@ class Recipe(Machine):
                           choices=("auto", "on", "off"), may_change=True)
     eval_every: int = option(50, "steps between two held-out losses", at_least=1)
     save_every: int = option(50, "steps between two checkpoints", at_least=1, may_change=True)
-    val_fraction: float = option(0.02, "share of the examples held out; 0: none, and the last "
-                                 "model is kept", at_least=0, at_most=0.9)
+    val_fraction: float = option(0.02, "share of the examples held out", at_least=0, at_most=0.9)
     resume: bool = option(False, "go on with the unfinished run in --out", may_change=True)
-    keep: str = option("yes", "no: no model, no checkpoint: for a run that is only watched",
-                       choices=("yes", "no"), may_change=True)
+    keep: str = option("yes", "no: no model, no checkpoint", choices=("yes", "no"), may_change=True)
     ask: list[str] | None = option(None, "questions to ask before and after", may_change=True)
     dry_run: bool = option(False, "say what the run would be, and stop", may_change=True)
     skip_bad_records: bool = option(False, "leave out records that cannot be read, and say so")
@@ -96,10 +89,8 @@ class TrainConfig(Recipe):
 
 @dataclass
 class Writing(Machine):
-    temperature: float = option(0.7, "below 1: more predictable, above: more varied; 0: the "
-                                "likeliest token, after the penalty (greedy)", at_least=0)
-    top_p: float = option(0.9, "sample from the likeliest tokens that hold this much of the "
-                          "probability", above=0, at_most=1)
+    temperature: float = option(0.7, "0: greedy; above 1: more varied", at_least=0)
+    top_p: float = option(0.9, "sample from the tokens with this probability", above=0, at_most=1)
     repetition_penalty: float = option(REPETITION_PENALTY, "above 1: tokens that the reply has "
                                        "already become less likely", at_least=1)
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
@@ -107,16 +98,14 @@ class Writing(Machine):
 
 @dataclass
 class SampleConfig(Writing):
-    model: str | None = option(None, f"{WEIGHTS}; default: the newest of out/littleparrot and "
-                               "out/quickstart")
+    model: str | None = option(None, f"{WEIGHTS}; default: what was trained last")
     prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
     system: str | None = option(None, "a system turn before it; '': none, not even the model's own")
-    format: str = option("auto", "chat: in the model's chat template; plain: continue the text; "
-                         "auto: chat where there is a template", choices=("auto", "chat", "plain"))
+    format: str = option("auto", "chat, or continue the text; auto: chat if there is a template",
+                         choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")
     num_samples: int = option(1, "replies to the prompt", at_least=1)
-    seed: int | None = option(None, "the same seed gives the same reply", at_least=0,
-                              at_most=2**63 - 1)
+    seed: int | None = option(None, "same seed, same reply", at_least=0, at_most=2**63 - 1)
 
     def contradictions(self):
         return {
@@ -130,8 +119,7 @@ class SampleConfig(Writing):
 class EvaluateConfig(Writing):
     models: list[str] = option(None, WEIGHTS)
     data: str = option("dolly", f"whose held-out part to use: {DATA}")
-    val_fraction: float = option(0.02, "share of the data that is held out, as in training",
-                                 above=0, at_most=1)
+    val_fraction: float = option(0.02, "share held out, as in training", above=0, at_most=1)
     max_length: int = option(2048, "longer examples (in tokens) are left out", at_least=8)
     max_prompts: int = option(64, "held-out prompts to answer, greedily and sampled", at_least=0)
     batch_size: int = option(32, "replies written at once", at_least=1)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, takewhile
 
 import numpy as np
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, join, pieces_of, text_of
+from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
 from parrot.files.hub import DataFiles
-from parrot.files.records import Conversation, read_conversations, source_of
+from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError
 from parrot.system.device import send
@@ -33,8 +34,6 @@ from parrot.system.disk import read_json, sha256_of, write_json
 
 # Editing what makes the tokens must change them: the source is part of the cache's key.
 CODE = cache.source_hash(__file__, chat, examples, records, rows, tokenizer)
-
-
 PART = 20_000  # records that are tokenised, and kept, at a time: an interruption loses no more
 
 
@@ -49,8 +48,7 @@ def prompt_hash(messages):
 def is_held_out(prompt_hash, fraction):
     """Whether an example is kept from training: by the hash of its prompt alone.
 
-    So the same prompt never stands on both sides, and neither the order of the file nor the seed
-    changes the split. An array of hashes gives an array.
+    So the same prompt never stands on both sides, whatever the order of the file and the seed.
     """
     return prompt_hash < fraction * 2.0**63
 
@@ -67,9 +65,8 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
     train, remarks = tokenised(data, tokenizer, max_length, skip_bad, pairs, max_examples)
     if val_data:
         held_out, more = tokenised(val_data, tokenizer, max_length, skip_bad, pairs)
-        both = np.isin(held_out.hashes, train.hashes).sum()
         remarks += more
-        if both:
+        if both := np.isin(held_out.hashes, train.hashes).sum():
             remarks.append(f"{both} held-out examples have a prompt that is trained on")
     else:
         number, asked, prompts = len(train), len(train) * val_fraction, len(set(train.hashes))
@@ -77,99 +74,77 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
         train, held_out = train.where(~mask), train.where(mask)
         if not len(train) or len(held_out) < asked / 2:
             remarks.append(
-                f"of {number} examples {len(held_out)} are held out, where --val-fraction "
-                f"{val_fraction:g} asks for {asked:.1f}: they have {prompts} different prompts, "
-                "and those with the same prompt stay together. Choose another --val-fraction (0: "
-                "none), or name --val-data")
+                f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
+                f"{asked:.1f}): they have {prompts} different prompts, and examples with the same "
+                "prompt stay together. Choose another --val-fraction (0: none), or --val-data")
     if not len(train):
         raise UserError(f"{data.origin['name']}: no example to train on ({'; '.join(remarks)})")
     return train, held_out, remarks
 
 
 def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examples=None):
-    """Data files -> (Examples of at most `max_length` tokens, remarks)."""
-    folders, sources, remarks = [], [], {}
-    wanted = most = (max_examples or math.inf) * (2 if pairs else 1)
-    for folder, source in parts_of(data, tokenizer, skip_bad, pairs):
-        notes = read_json(folder / "notes.json")
-        for remark, (count, places) in notes["remarks"].items():
-            before, shown = remarks.get(remark, (0, []))
-            remarks[remark] = before + count, [*shown, *(source + place for place in places)][:3]
-        folders.append(folder)
-        sources.append(source)
-        wanted -= notes["examples"]
-        if wanted <= 0:
+    """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached."""
+    versions = 2 if pairs else 1  # of a conversation
+    most = (max_examples or math.inf) * versions
+    recipe = [hashlib.sha256(tokenizer.content).hexdigest(), skip_bad, pairs, PART, CODE]
+    parts, counts, places = [], Counter(), defaultdict(list)
+    totals = {path: rows.count_rows(path) for path in data.files}
+    for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
+        key = json.dumps([rows.format_of(path), data.hashes[path], start, *recipe])
+        make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer,
+                       skip_bad, pairs)
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        folder, source = cache.kept(f"data/{name}", make, at_most=256), rows.source_of(path)
+        parts.append(examples.read(folder, source, tokenizer.vocab_size))
+        for remark, (count, where) in read_json(folder / "notes.json").items():
+            counts[remark] += count
+            places[remark] += [f"{source}{place}" for place in where]
+        if sum(map(len, parts)) >= most:
             break
-    found = examples.read(folders, sources, tokenizer.vocab_size)
+    found = Examples.joined(parts)
     found = found.where(np.arange(len(found)) < most)
-    fits = found.lengths <= max_length
-    if pairs:  # both or none
-        fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
-    told = [f"{count} {remark} ({', '.join(places)}{' ...' if count > 3 else ''})"
-            for remark, (count, places) in remarks.items()]
+    fits = found.lengths.reshape(-1, versions).max(axis=1) <= max_length
+    fits = fits.repeat(versions)  # both or none
+    remarks = [f"{count} {remark} ({', '.join(places[remark][:3])}{' ...' if count > 3 else ''})"
+               for remark, count in counts.items()]
     if not fits.all():
-        told.append(f"{(~fits).sum()} left out: longer than --max-length {max_length}")
-    return found.where(fits), told
+        remarks.append(f"{(~fits).sum()} left out: longer than --max-length {max_length}")
+    return found.where(fits), remarks
 
 
-def parts_of(data: DataFiles, tokenizer: Tokenizer, skip_bad, pairs):
-    """Yield (folder of the cache, source) for each PART records; it is made if need be."""
-    vocabulary = hashlib.sha256(tokenizer.content).hexdigest()
-    for path, sha256 in data.hashes.items():
-        start, total = 0, 1
-        while start < total:
-            recipe = [rows.format_of(path), sha256, vocabulary, skip_bad, pairs, PART, CODE, start]
-            name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, folder):
+    """Tokenise the PART records from `start` on into `folder`; notes.json holds the remarks."""
+    bad, places = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
+    conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
+    conversations = iter(tqdm(conversations, f"tokenising {path.name}", leave=False, initial=start,
+                              total=total))
 
-            def make(folder, path=path, sha256=sha256, start=start):
-                notes = {"total": rows.count_rows(path)}
-                encoded = encode_part(path, start, tokenizer, skip_bad, pairs, notes)
-                examples.write(folder, encoded, tokenizer.vocab_size)
-                write_json(folder / "notes.json", notes)
-                if sha256_of(path) != sha256:
-                    raise UserError(f"{path} changed while it was read: start again")
-            folder = cache.kept(f"data/{name}", make, at_most=256)
-            yield folder, source_of(path)
-            start, total = start + PART, read_json(folder / "notes.json")["total"]
-
-
-def encode_part(path, start, tokenizer: Tokenizer, skip_bad, pairs, notes: dict):
-    """Yield (tokens, is_target, record number, hash of the prompt) of the PART from `start` on.
-
-    notes["remarks"]: {what the user should know: (how many records, the first three of them)}
-    """
-    bad, places, notes["examples"] = [], defaultdict(list), 0
-    bad_or_raise = bad if skip_bad else None
-    conversations = read_conversations(path, bad_or_raise, start, start + PART, pairs)
-    with tqdm(desc=f"tokenising {path.name}", initial=start, total=notes["total"],
-              unit=" records", leave=False) as bar:
-        while chunk := list(islice(conversations, 2048)):
-            versions = [(item, messages) for item in chunk
-                        for messages in (item.messages, item.rejected) if messages]
-            encoded = encode_pieces([pieces_of(messages) for _, messages in versions], tokenizer)
-            for (item, messages), pieces in zip(versions, encoded, strict=True):
-                yield *join(pieces), item.number, prompt_hash(messages)
-            for item in chunk:
+    def encoded():
+        while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
+            batch = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
+            for item, example in zip(chunk, batch, strict=True):
+                yield *example, item.number, prompt_hash(item.messages)
                 for remark in remarks_on(item):
-                    places[remark].append(str(item.number))
-            notes["examples"] += len(versions)
-            bar.update(len(chunk))
+                    places[remark][item.number] = True
+    examples.write(folder, encoded(), tokenizer.vocab_size)
     if bad:
-        places["bad records are left out"] = [f"{number}: {fault}" for number, fault in bad]
-    notes["remarks"] = {remark: (len(where), where[:3]) for remark, where in places.items()}
+        places["bad records are left out"] = {f"{number}: {fault}": True for number, fault in bad}
+    notes = {remark: (len(where), list(where)[:3]) for remark, where in places.items()}
+    write_json(folder / "notes.json", notes)
+    if sha256_of(path) != sha256:
+        raise UserError(f"{path} changed while it was read: start again")
 
 
 def remarks_on(conversation: Conversation):
     """What of a conversation is not learned as it stands, each once."""
-    for key in conversation.unused:
+    for key in sorted(conversation.unused):
         yield f"records have text under {key!a:.60}, which is not used"
-    messages = [*conversation.messages, *(conversation.rejected or ())]
-    replies = [message for message in messages if message["role"] == "assistant"]
+    replies = [turn for turn in conversation.messages if turn["role"] == "assistant"]
     if any("weight" in reply for reply in replies):
         yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
     if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
         yield "records have a reply whose first line loses its indentation"
-    texts = "".join(map(text_of, messages))
+    texts = "".join(map(text_of, conversation.messages))
     if any(name in texts for name in CONTROL):
         yield "records spell a control token, which is read as ordinary text"
 
@@ -207,8 +182,7 @@ class Batch:
     targets: torch.Tensor  # (S,)
 
     @property
-    def num_terms(self):
-        """How many terms the sum of its loss has."""
+    def num_terms(self):  # of the sum that is its loss
         return len(self.targets)
 
     @classmethod
@@ -225,15 +199,14 @@ class Batch:
 
 
 def steps_per_epoch(examples: Examples, batch_size):
-    """So many that no step has more than `batch_size` examples."""
     return math.ceil(len(examples) / batch_size)
 
 
 def examples_of_step(step, examples: Examples, batch_size, seed):
     """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    A pure function, so a resumed run sees what the uninterrupted one would have. Steps differ by
-    one example at most: a last step of three, say, would move the weights as far as one of 64.
+    Steps differ by one example at most: a last step of three, say, would move the weights as far as
+    one of 64.
     """
     steps = steps_per_epoch(examples, batch_size)
     epoch, step_of_epoch = divmod(step, steps)

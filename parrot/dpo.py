@@ -11,20 +11,17 @@ for r, up to a term that y and z share:
     r(y) = beta (log p(y) - log q(y))
 
 So the reward needs no model of its own: the loss is -log sigmoid(r(chosen) - r(rejected)), with the
-starting weights as q. log p of a reply is a sum over its tokens: a mean would be the probability of
-no reply, and lengthen or shorten replies for free.
+starting weights as q. log p of a reply is a sum over its tokens. With a small beta, log p has to
+move far from the reference before the loss is small.
 
-    r(chosen) - r(rejected)      0: log 2, no preference yet      large: near 0, nothing to learn
-    a small beta                 log p moves far from the reference before the loss is small
-    a large beta                 a short way from the reference is enough
-
-The loop, optimizer and checkpoints are those of train.py; the self-play is SPIN (arXiv:2401.01335).
+The loop is that of train.py; the self-play is SPIN (arXiv:2401.01335).
 """
 
 import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +53,8 @@ AT_ONCE = 64  # replies that self-play writes together, and keeps together
 class PreferenceConfig(Recipe):
     weights: str = option("out/littleparrot", f"the policy's start, and the reference: {WEIGHTS}")
     data: list[str] | str | None = option(None, "pairs: records with prompt, chosen, rejected")
-    self_play: str | None = option(None, "in place of pairs: data whose replies are chosen, while "
-                                   f"the model's own are rejected: {DATA}")
+    self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
+                                   f"own replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
     epochs: int = option(1, "how often every pair is seen", at_least=1)
@@ -69,24 +66,15 @@ class PreferenceConfig(Recipe):
                 "name either --data or --self-play": bool(self.data) == bool(self.self_play)}
 
 
-class Pairs:
-    """Examples of which 2 i is chosen and 2 i + 1 is rejected, as pairs."""
+class Pairs(Examples):
+    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one: a pair."""
 
     def __init__(self, examples: Examples):
-        self.examples = examples
-        self.lengths, self.longest = examples.lengths.reshape(-1, 2).sum(1), examples.longest
+        index = examples.index[::2].copy()
+        index[:, 2] += examples.lengths[1::2]
+        super().__init__(examples.parts, index)
+        self.examples, self.longest = examples, examples.longest
         self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
-
-    def __len__(self):
-        return len(self.examples) // 2
-
-    def __getitem__(self, i):
-        """(tokens, is_target) of both, end to end."""
-        both = zip(self.examples[2 * i], self.examples[2 * i + 1], strict=True)
-        return tuple(map(np.concatenate, both))
-
-    def source(self, i):
-        return self.examples.source(2 * i)
 
 
 @dataclass
@@ -134,11 +122,14 @@ class PreferenceTrainer(Trainer):
     def find_data(self):
         return super().find_data() if self.config.data else self_play(self.config)
 
+    @torch.no_grad()
     def load_data(self, data: DataFiles):
         *sets, notes = super().load_data(data, pairs=True)
         sets = [Pairs(examples) for examples in sets]
-        for pairs in sets:
-            pairs.reference = self._reference(pairs)
+        for pairs in sets:  # the model is still the reference, in a resumed run, too
+            for indices, batch in self._batches(pairs, "reference"):
+                margins = preference_margins(self.model, batch, self.dtype)
+                pairs.reference[indices] = margins.cpu().numpy()
         return *sets, notes
 
     def batch_of(self, pairs: Pairs, indices):
@@ -148,74 +139,58 @@ class PreferenceTrainer(Trainer):
         reference = send(torch.from_numpy(pairs.reference[indices]), device)
         return PairBatch(**vars(batch), counts=counts, reference=reference, beta=self.config.beta)
 
-    def _batches(self, pairs, splits, title):
-        bar = tqdm(splits, desc=title, leave=False, disable=self.processes.rank > 0)
-        return ((indices, self.batch_of(pairs, indices)) for indices in bar)
-
-    @torch.no_grad()
-    def _reference(self, pairs: Pairs):
-        """The reference's margin of each pair; kept, because a resumed run starts elsewhere."""
-        splits = micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens)
-        digest = hashlib.sha256(f"{self.dtype} {self.model.device.type}".encode())
-        for parameter in self.model.parameters():
-            digest.update(parameter.cpu().numpy().data)
-        for i in range(len(pairs)):
-            digest.update(pairs[i][0].tobytes())
-
-        def make(folder):
-            margins = np.zeros(len(pairs), np.float32)
-            for indices, batch in self._batches(pairs, splits, "reference"):
-                margins[indices] = preference_margins(self.model, batch, self.dtype).cpu().numpy()
-            np.save(folder / "margins.npy", margins)
-        return np.load(kept(f"reference/{digest.hexdigest()[:16]}", make) / "margins.npy")
+    def _batches(self, pairs, title, share=list):
+        """Yield (indices, batch) of all pairs, or of the share of this process."""
+        splits = share(micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens))
+        for indices in tqdm(splits, desc=title, leave=False, disable=self.processes.rank > 0):
+            yield indices, self.batch_of(pairs, indices)
 
     @torch.no_grad()
     def held_out(self, should_stop):
         """{"val_loss", "val_margin" (of rewards), "val_accuracy"} of the held-out pairs."""
-        pairs, sums = self.val_set, [0.0] * 3
-        splits = micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens)
-        for _, batch in self._batches(pairs, self.processes.share(splits), "evaluating"):
+        pairs, sums = self.val_set, torch.zeros(3, dtype=torch.float64)
+        for _, batch in self._batches(pairs, "evaluating", self.processes.share):
             if should_stop():
                 break
             margins = preference_margins(self.model, batch, self.dtype)
             rewards = batch.beta * (margins - batch.reference)
-            terms = loss_of(rewards), rewards, (rewards > 0).float()
-            sums = [total + term.sum().item() for total, term in zip(sums, terms, strict=True)]
+            terms = torch.stack([loss_of(rewards), rewards, (rewards > 0).float()])  # (3, P)
+            sums += terms.sum(dim=1).cpu()
         if self.processes.largest(bool(should_stop())):
             return None
-        means = [total / len(pairs) for total in self.processes.sum(*sums)]
-        return dict(zip(("val_loss", "val_margin", "val_accuracy"), means, strict=True))
+        loss, margin, accuracy = self.processes.sum(*sums.tolist())
+        return {"val_loss": loss / len(pairs), "val_margin": margin / len(pairs),
+                "val_accuracy": accuracy / len(pairs)}
 
 
 def self_play(config: PreferenceConfig) -> DataFiles:
-    """Data -> pairs: the data's reply is chosen, a sample of the model is rejected.
-
-    Samples are kept, AT_ONCE in a file, so that one who was stopped goes on.
-    """
+    """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
     device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
     assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")
-    hashes = [list(data.hashes.values()), weights.hashes, config.seed, config.max_examples]
-    key, files = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16], []
+    recipe = [list(data.hashes.values()), weights.hashes, config.seed, config.max_examples]
+    key, files = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16], []
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
-        name, turns = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
-
-        def make(folder, start=start, name=name, turns=turns):
-            generator = torch.Generator().manual_seed(config.seed + start)
-            samples = replies(assistant.model, [assistant.prompt(pair[:1]) for pair in turns],
-                              assistant.stop, max_new_tokens=256, temperature=1.0, top_p=1.0,
-                              generator=generator)
-            with open(folder / name, "w", encoding="utf-8") as file:
-                for (question, reply), (tokens, _) in zip(turns, samples, strict=True):
-                    rejected = assistant.tokenizer.decode(tokens).strip()
-                    if rejected and rejected != text_of(reply):
-                        json.dump({"prompt": text_of(question), "chosen": text_of(reply),
-                                   "rejected": rejected}, file)
-                        file.write("\n")
+        name, some = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
+        make = partial(write_pairs, name, some, assistant, config.seed + start)
         files.append(kept(f"self-play/{key}-{start}", make) / name)
     return DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
+
+
+def write_pairs(name, conversations, assistant: Assistant, seed, folder):
+    """Pairs of which the data's reply is chosen, and a sample of the model is rejected."""
+    prompts = [assistant.prompt([question]) for question, _ in conversations]
+    samples = replies(assistant.model, prompts, assistant.stop, max_new_tokens=256, temperature=1.0,
+                      top_p=1.0, generator=torch.Generator().manual_seed(seed))
+    with open(folder / name, "w", encoding="utf-8") as file:
+        for messages, (tokens, _) in zip(conversations, samples, strict=True):
+            prompt, chosen = map(text_of, messages)
+            rejected = assistant.tokenizer.decode(tokens).strip()
+            if rejected not in ("", chosen):
+                pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                file.write(json.dumps(pair) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_record_is_too_long(records_file, tiny_tokenizer):
 
 def test_everything_is_held_out(records_file, tiny_tokenizer):
     record = next(r for r in some_records(50) if is_held_out(prompt_hash(to_messages(r)), 0.5))
-    with pytest.raises(UserError, match="no example to train on .of 2 examples 2 are held out, where --val-fraction 0.5 asks for 1.0: they have 1 different prompts"):
+    with pytest.raises(UserError, match="no example to train on .2 of 2 examples are held out .--val-fraction asks for 1.0.: they have 1 different prompts"):
         load_examples(find_data(records_file([record, record])), tiny_tokenizer, 100, 0.5)
 
 
@@ -90,7 +90,7 @@ def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
         {"prompt": "Q", "completion": "A"}, {"x": 1}])
     train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0, skip_bad=True)
     assert len(train) == 1 and train.source(0).endswith(":3")
-    assert told[0].startswith(f"1 bad records are left out ({path}:4: its keys are x; expected")
+    assert told[0].startswith(f"1 bad records are left out ({path}:4: its keys with text are none; expected")
     assert told[1] == "2 left out: longer than --max-length 100"
 
 
@@ -129,7 +129,7 @@ def test_another_tokenizer_and_another_kind_of_file_are_read_anew(records_file, 
     monkeypatch.setattr(data, "encode_pieces", None)
     with pytest.raises(TypeError):
         load_examples(find_data(path), Tokenizer(tmp_path), 100, 0.3)
-    with pytest.raises(UserError, match="not a Parquet file"):
+    with pytest.raises(UserError, match="cannot read .*a.parquet"):
         load_examples(find_data(shutil.copy(path, tmp_path / "a.parquet")), tiny_tokenizer, 100, 0.3)
 
 
@@ -184,8 +184,8 @@ def test_a_file_of_its_own_can_be_held_out(records_file, tiny_tokenizer):
     assert told == ["1 held-out examples have a prompt that is trained on"]
 
 
-@pytest.mark.parametrize("prompt, fault", [("Write a haiku.", "of 60 examples 0"), ("Write lyrics.", "of 60 examples 0"),
-                                           ("a", "of 60 examples 60 are held out")])
+@pytest.mark.parametrize("prompt, fault", [("Write a haiku.", "0 of 60 examples"), ("Write lyrics.", "0 of 60 examples"),
+                                           ("a", "60 of 60 examples are held out")])
 def test_one_prompt_for_all_records(prompt, fault, records_file, tiny_tokenizer):
     path = records_file([{"prompt": prompt, "completion": f"Line {n}"} for n in range(60)])
     held_out = is_held_out(prompt_hash([{"role": "user", "content": prompt}]), 0.3)
@@ -193,14 +193,15 @@ def test_one_prompt_for_all_records(prompt, fault, records_file, tiny_tokenizer)
         _, _, told = load_examples(find_data(path), tiny_tokenizer, 1000, 0.3)
     except UserError as error:
         told = [str(error)]
-    assert held_out == ("60 are held out" in told[0]) and "of 60 examples" in told[0]
-    assert "1 different prompts" in told[0] and "--val-fraction (0: none), or name --val-data" in told[0]
+    assert held_out == ("60 of 60 examples are held out" in told[0]) and "of 60 examples" in told[0]
+    assert "1 different prompts" in told[0] and "--val-fraction (0: none), or --val-data" in told[0]
 
 
 REMARKS = [
     ({"prompt": "Q", "completion": "A", "hint": "C"}, "1 records have text under 'hint', which is not used"),
     ({"question": "Q", "answer": "A", "tags": {"a": ["C"]}}, "text under 'tags'"),
     ({"messages": [{**USER, "name": "Kim"}, REPLY]}, "text under 'name (of a turn)'"),
+    ({"prompt": [USER], "context": "C", "completion": [REPLY]}, "text under 'context'"),
     ({"prompt": "def f():", "completion": "    return 1"}, "1 records have a reply whose first line loses its indentation"),
     ({"prompt": "def f():", "completion": "\n\treturn 1"}, "loses its indentation"),
     ({"prompt": "Q<|im_end|>", "completion": "A"}, "1 records spell a control token"),
@@ -243,7 +244,7 @@ TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
 def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
     folder, size = tmp_path_factory.mktemp("store"), 2**17 if large else 2**16
     examples.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
-    everything = examples.read([folder], ["x:"], size)
+    everything = examples.read(folder, "x:", size)
     for side, read in enumerate((everything.where(everything.hashes == 0), everything.where(everything.hashes == 1))):
         written = [(tokens, number) for tokens, number, held in parts if held == side]
         assert [read[i][0].tolist() for i in range(len(read))] == [tokens for tokens, _ in written]

@@ -4,15 +4,17 @@ import json
 import os
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import some_records, tiny_model
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
 from parrot import assistant, dpo
 from parrot.chat import encode_chat
-from parrot.config import REPETITION_PENALTY  # noqa: F401
+from parrot.data import load_examples
 from parrot.dpo import (
     PairBatch,
     Pairs,
@@ -22,6 +24,7 @@ from parrot.dpo import (
     preference_margins,
 )
 from parrot.files.examples import Examples
+from parrot.files.hub import find_data
 from parrot.files.records import BadRecord, read_conversations, to_pair
 from parrot.model import Llama
 from parrot.system.console import UserError
@@ -120,7 +123,8 @@ def test_pairs_in_every_shape(record, prompt):
     ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "equal"), ({"prompt": "Q", "chosen": "A", "rejected": " "}, "expected text"),
     ({"prompt": "Q", "chosen": "A"}, "has not the keys chosen and rejected"), ([USER, GOOD], "has not the keys"),
     ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "R"}, BAD]}, "different prompts"),
-    ({"prompt": "Q", "chosen": None, "rejected": "A"}, "expected text"), ({"chosen": "A", "rejected": "B"}, "expected a list of turns"),
+    ({"chosen": [USER, GOOD, USER, {**GOOD, "weight": 0}], "rejected": [USER, BAD]}, "reply to learn from"),
+    ({"prompt": "Q", "chosen": None, "rejected": "A"}, "expected text"), ({"chosen": "A", "rejected": "B"}, "expected turns .*, or prompt"),
     ({"chosen": [USER], "rejected": [USER, BAD]}, "no reply|does not end with a reply"),
     ({"prompt": "Q", "chosen": [], "rejected": "A"}, "expected|empty"), ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "does not end")])
 def test_what_is_no_pair(record, fault):
@@ -130,8 +134,20 @@ def test_what_is_no_pair(record, fault):
 
 def test_a_bad_pair_is_named_by_its_line(records_file):
     path = records_file([*some_pairs(1), {"prompt": "Q", "chosen": "A", "rejected": "A"}])
-    with pytest.raises(UserError, match=":2: chosen and rejected are equal .--skip-bad-records"):
+    with pytest.raises(UserError, match=":2: chosen and rejected are equal, or answer different prompts .--skip-bad-records"):
         list(read_conversations(path, pairs=True))
+
+
+def test_pairs_of_turns_in_parquet(tmp_path):
+    table = pyarrow.Table.from_pylist([{"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
+    parquet.write_table(table, tmp_path / "pairs.parquet")
+    assert [item.messages for item in read_conversations(tmp_path / "pairs.parquet", pairs=True)] == [[USER, GOOD], [USER, BAD]]
+
+
+def test_a_remark_on_a_pair_is_counted_once(records_file, tiny_tokenizer):
+    path = records_file([{**pair, "response": "C"} for pair in some_pairs(2)])
+    examples, _, told = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0, pairs=True)
+    assert len(examples) == 4 and told == [f"2 records have text under 'response', which is not used ({path}:1, {path}:2)"]
 
 
 # ---- the run

@@ -57,8 +57,3 @@ def test_a_run_on_two_machines_resumes(tmp_path, tiny_folder):
     assert statuses == [0, 0], words
     lines = [json.loads(line) for line in open(folders[0] / "out" / "metrics.jsonl", encoding="utf-8")]
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 6)) and not (folders[1] / "out").exists()
-
-    (folders[1] / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some_records(41)))
-    shutil.rmtree(folders[0] / "out")
-    statuses, words = run(folders)
-    assert statuses == [1, 1] and "the data on this machine is not that of another process" in "".join(words), words

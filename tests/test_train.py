@@ -270,7 +270,7 @@ def test_a_dry_run_tells_and_writes_nothing(config, capsys):
     assert not os.path.exists(c.out) and "<|im_start|>user" in told.out
     assert re.search(r"an example has \d+ tokens \(mean\), .* \d+% of the tokens are targets", told.err)
     assert "10 steps on cpu" in told.err and "Nothing was written" in told.err
-    assert re.search(r"all steps about \d+\.\d h and \d+\.\d GB of memory", told.err)
+    assert re.search(r"all steps about \d+\.\d h, \d+\.\d GB of memory, \d+\.\d GB of disk", told.err)
 
 
 def test_questions_of_ones_own_are_asked_before_and_after(config, capsys):

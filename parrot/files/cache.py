@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def source_hash(*sources) -> str:
-    """The sha256 over source files (modules or paths): part of the key of what they make."""
+    """The sha256 over source files, modules or paths."""
     hashes = [sha256_of(getattr(source, "__file__", source)) for source in sources]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -45,13 +45,12 @@ def kept(name: str, make, at_most: int = 1000) -> Path:
 
 
 def _clean(folder, at_most):
-    """Delete what killed processes left beside `folder`, and the oldest folders."""
+    """Delete the oldest folders beside `folder`, and what processes killed a day ago left."""
     now = time.time()  # abs: a date in the future, which a wrong clock set, is as bad as an old one
     ages = {path: abs(now - path.stat().st_mtime) for path in folder.parent.iterdir()}
     unfinished = {path for path in ages if path.name.startswith("tmp")}
     finished = sorted(ages.keys() - unfinished - {folder}, key=ages.get)
-    old = [path for path in unfinished if ages[path] > 24 * 3600]
-    for path in old + finished[at_most - 1:]:
+    for path in [*finished[at_most - 1:], *(path for path in unfinished if ages[path] > 86_400)]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -25,11 +25,19 @@ class Examples:
     @classmethod
     def of(cls, pairs):
         """[(tokens, is_target)] -> Examples in memory."""
-        lengths = np.array([len(tokens) for tokens, _ in pairs])
         tokens = np.concatenate([np.asarray(tokens) for tokens, _ in pairs])
         is_target = np.concatenate([np.asarray(flags, bool) for _, flags in pairs])
-        index = np.stack([lengths, np.arange(len(pairs)), 0 * lengths], axis=1)
-        return cls([(tokens, is_target, "")], with_starts(index, part=0))
+        index = [(len(tokens), number, 0) for number, (tokens, _) in enumerate(pairs)]
+        return of_part(tokens, is_target, "", np.array(index))
+
+    @classmethod
+    def joined(cls, several):
+        """Several Examples, one after the other."""
+        parts, indices = [], [np.zeros((0, 5), np.int64)]
+        for examples in several:
+            indices.append(examples.index + [len(parts), 0, 0, 0, 0])
+            parts += examples.parts
+        return cls(parts, np.concatenate(indices))
 
     def __len__(self):
         return len(self.index)
@@ -41,7 +49,6 @@ class Examples:
         return tokens[start:start + length], is_target[start:start + length]
 
     def source(self, i):
-        """Where an example came from: file and line."""
         return f"{self.parts[self.index[i, 0]][2]}{self.index[i, 3]}"
 
     def where(self, mask):
@@ -49,11 +56,10 @@ class Examples:
         return Examples(self.parts, self.index[mask])
 
 
-def with_starts(index, part):
-    """(examples, 3) as in index.npy -> (examples, 5) as in Examples."""
-    lengths = index[:, 0]
-    starts = lengths.cumsum() - lengths
-    return np.column_stack([np.full_like(lengths, part), starts, index])
+def of_part(tokens, is_target, source, index):
+    """One part, and its index.npy -> Examples."""
+    starts = index[:, 0].cumsum() - index[:, 0]
+    return Examples([(tokens, is_target, source)], np.column_stack([0 * starts, starts, index]))
 
 
 def write(folder, examples, vocab_size):
@@ -67,14 +73,11 @@ def write(folder, examples, vocab_size):
     np.save(folder / "index.npy", np.array(index, np.int64).reshape(-1, 3))
 
 
-def read(folders, sources, vocab_size):
-    """Parts that were written -> Examples; their tokens are still on disk."""
-    parts, indices = [], [np.zeros((0, 5), np.int64)]
-    for folder, source in zip(folders, sources, strict=True):
-        index = np.load(folder / "index.npy")
-        if len(index):  # an empty file cannot be mapped
-            tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
-            is_target = np.memmap(folder / "targets.bin", bool, "r")
-            indices.append(with_starts(index, len(parts)))
-            parts.append((tokens, is_target, source))
-    return Examples(parts, np.concatenate(indices))
+def read(folder, source, vocab_size):
+    """What was written -> Examples; their tokens are still on disk."""
+    index = np.load(folder / "index.npy")
+    if not len(index):  # an empty file cannot be mapped
+        return Examples.joined([])
+    tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
+    is_target = np.memmap(folder / "targets.bin", bool, "r")
+    return of_part(tokens, is_target, source, index)

@@ -1,7 +1,7 @@
 """A GGUF file of a SmolLM2 -> a Hugging Face model folder.
 
-GGUF is llama.cpp's format: often with 4-bit weights, and with other names. The package `gguf`
-undoes the quantisation; what is left is the names, the order of rows, and the tokenizer.
+GGUF is llama.cpp's format, often with 4-bit weights. The package `gguf` undoes the quantisation;
+what is left is the names, the order of rows, and the tokenizer.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 import torch
 from safetensors import SafetensorError
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from parrot.files.model_folder import read_config, write
 from parrot.files.tokenizer import Tokenizer
@@ -33,10 +33,7 @@ TENSORS = {
 
 
 def import_gguf(path, folder):
-    """Write the model of the GGUF file `path` into `folder`, its weights in bfloat16.
-
-    Whether all tensors are there, and of the right shapes, is seen when the folder is loaded.
-    """
+    """Write the model of the GGUF file `path` into `folder`, in bfloat16; loading checks it."""
     try:
         _convert(path, Path(folder))
     except (OSError, SafetensorError):  # the disk
@@ -106,6 +103,5 @@ def _write_tokenizer(fields, folder):
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     types = zip(vocab, fields["tokenizer.ggml.token_type"], strict=True)  # no token twice
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                for token, kind in types if kind == 3])  # control tokens
+    backend.add_special_tokens([token for token, kind in types if kind == 3])  # control tokens
     backend.save(str(folder / "tokenizer.json"))

@@ -26,9 +26,8 @@ FIELDS = {  # kind, largest value that is believed, default
     "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
     "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
     "rope_theta": (float, 10**12, 10000.0)}
-# As sample.py writes by default (parrot/config.py), for other software. It puts the penalty on the
-# prompt's tokens, too, <|im_end|> among them: of 8 replies of the 4-bit model 3 ended within 100
-# tokens at our 1.2, 5 at 1.1, 6 at 1.2 on the reply alone.
+# The defaults of sample.py, for other software. It puts the penalty on the prompt's tokens, too,
+# <|im_end|> among them: with our 1.2, fewer replies end.
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
             "repetition_penalty": 1.1}
 
@@ -52,9 +51,8 @@ def read_config(folder) -> dict:
     rope = raw.get("rope_parameters")  # where transformers 5 writes RoPE's fields
     if isinstance(rope, dict):
         raw.setdefault("rope_theta", rope.get("rope_theta"))
-    if rope not in (None, {"rope_type": "default", "rope_theta": raw.get("rope_theta")}):
-        raise UserError(f"{path}: rope_parameters is {rope!r:.100}, not plain RoPE")
-    for field, values in SUPPORTED.items():
+    plain_rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta")}
+    for field, values in {**SUPPORTED, "rope_parameters": (plain_rope, None)}.items():
         value = raw.get(field)
         if value not in values:
             raise UserError(f"{path}: {field} is {value!r:.60}; only {values[0]!r} is supported")
@@ -62,8 +60,7 @@ def read_config(folder) -> dict:
     for field, (kind, largest, default) in FIELDS.items():
         value = raw.get(field, default)
         value = value(config) if callable(value) else value
-        is_number = type(value) in (int, float)  # not a bool
-        if not is_number or not 0 < value <= largest or value != kind(value):
+        if type(value) not in (int, float) or not 0 < value <= largest or value != kind(value):
             raise UserError(f"{path}: {field} is {value!r:.60}, expected a positive "
                             f"{kind.__name__} of at most {largest}")
         config[field] = kind(value)
@@ -89,27 +86,25 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
         tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    allowed = {"lm_head.weight": shapes["model.embed_tokens.weight"], **shapes}
+    is_tied = "lm_head.weight" not in shapes  # yet some folders hold it
+    head = tensors.pop("lm_head.weight", None) if is_tied else None
     for name in sorted(shapes.keys() | tensors.keys()):
-        where = f"{path}: tensor {name}"
-        if name not in tensors:
-            raise UserError(f"{where} is missing")
-        if name not in allowed:
-            raise UserError(f"{where} has no place in this architecture")
-        tensor = tensors[name]
-        if tensor.shape != allowed[name] or not tensor.is_floating_point():
-            raise UserError(f"{where} is {list(tensor.shape)} of {tensor.dtype}, expected "
-                            f"{list(allowed[name])} of floats")
+        if name not in tensors or name not in shapes:
+            fault = "has no place in this architecture" if name in tensors else "is missing"
+            raise UserError(f"{path}: tensor {name} {fault}")
+        tensor, shape = tensors[name], shapes[name]
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name} is {list(tensor.shape)} of {tensor.dtype}, "
+                            f"expected {list(shape)} of floats")
         tensors[name] = tensor.to(device, dtype)
-    if "lm_head.weight" not in shapes:  # tied, yet some folders hold it
-        embeddings = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.pop("lm_head.weight", embeddings), embeddings):
-            raise UserError(f"{path}: lm_head.weight differs from the embeddings it is tied to")
-    _refuse_infinite(tensors, folder)
+    embeddings = tensors["model.embed_tokens.weight"]
+    if head is not None and not torch.equal(head.to(device, dtype), embeddings):
+        raise UserError(f"{path}: lm_head.weight differs from the embeddings it is tied to")
+    refuse_infinite(tensors, folder)
     return tensors
 
 
-def _refuse_infinite(tensors, folder):
+def refuse_infinite(tensors, folder):
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: tensor {name} contains NaN or infinity")
@@ -118,10 +113,10 @@ def _refuse_infinite(tensors, folder):
 def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None):
     """Write a folder that transformers, and llama.cpp's converter, read too; the weights go last.
 
-    tensors: on the CPU, in the dtype to save; if one is not finite, UserError and no change.
+    tensors: on the CPU; if one is not finite, UserError and no change.
     """
     folder = Path(folder)
-    _refuse_infinite(tensors, folder)
+    refuse_infinite(tensors, folder)
     folder.mkdir(parents=True, exist_ok=True)
     start, end = tokenizer.control(IM_START), tokenizer.control(IM_END)
     # Padding is not <|im_end|>: transformers gives the embedding of the pad token no gradient.

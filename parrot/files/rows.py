@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import json
-import zlib
 from contextlib import contextmanager
 from itertools import islice
 
@@ -22,13 +21,17 @@ def naming(path):
     """What is wrong with a file as a whole becomes a UserError that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+    except (UserError, MemoryError):
+        raise
+    except ImportError as error:  # Parquet
+        raise UserError(f"{path}: to read it, pip install {error.name}") from None
+    except Exception as error:  # whatever a damaged file leads a library to
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
 
 
 def format_of(path):
-    """The format that a name tells, or None."""
+    """The format that a name tells, or None, which is read as JSON lines."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
@@ -42,27 +45,28 @@ def read_rows(path, start=0, columns=()):
         if format_of(path) == ".parquet":
             yield from enumerate(_parquet_rows(path, start, columns), start + 1)
             return
+        rows = _lines(path)
         if format_of(path) == ".csv":
             csv.field_size_limit(1 << 30)
-            rows = csv.DictReader((line.decode() for line in _lines(path)), strict=True)
+            rows = csv.DictReader((line.decode() for line in rows), strict=True)
         elif _is_array(path):
-            rows = json.loads(b"".join(_lines(path)))
-        else:
-            rows = _lines(path)
+            rows = json.loads(b"".join(rows))
         yield from islice(enumerate(rows, 1), start, None)
 
 
 def count_rows(path):
-    """How many rows there are, for a progress bar."""
-    if format_of(path) == ".parquet":
-        return _open_parquet(path).metadata.num_rows
-    return sum(1 for _ in read_rows(path))
-
-
-def has_lines(path):
-    """Whether a row's number is that of a line: editors jump there."""
+    """How many rows a file has."""
     with naming(path):
-        return format_of(path) not in (".csv", ".parquet") and not _is_array(path)
+        if format_of(path) == ".parquet":
+            return _open_parquet(path).metadata.num_rows
+        return sum(1 for _ in read_rows(path))
+
+
+def source_of(path):
+    """What precedes a row's number: "data.jsonl:" (editors jump there), or "data.csv: record "."""
+    with naming(path):
+        no_lines = format_of(path) in (".csv", ".parquet") or _is_array(path)
+        return f"{path}: record " if no_lines else f"{path}:"
 
 
 def _lines(path):
@@ -79,39 +83,21 @@ def _lines(path):
 
 
 def _is_array(path):
-    """Whether a file is one JSON array of records; a line may be an array of messages, too."""
-    first = next((line for line in _lines(path) if line.strip()), b"").lstrip()
-    if not first.startswith(b"["):
+    """Whether a .json file is one array of records; otherwise it holds JSON lines."""
+    if format_of(path) != ".json":
         return False
-    try:
-        turns = json.loads(first)
-    except (ValueError, RecursionError):
-        return True  # it goes on in the next line
-    return not (turns and all(map(_is_turn, turns)))
-
-
-def _is_turn(entry):
-    return isinstance(entry, str) or isinstance(entry, dict) and bool({"role", "from"} & set(entry))
+    return next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def _open_parquet(path):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet takes pyarrow: pip install pyarrow") from None
-    try:
-        return parquet.ParquetFile(path)
-    except Exception as error:  # whatever a damaged file leads the library to
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
+    from pyarrow import parquet  # late: few need it
+    return parquet.ParquetFile(path)
 
 
 def _parquet_rows(path, start, columns):
     file = _open_parquet(path)
     names = [field.name for field in file.schema_arrow
              if field.name in columns or str(field.type).endswith("string")]
-    try:
-        for batch in file.iter_batches(1024, columns=names):  # row group by row group
-            yield from batch.slice(start).to_pylist()
-            start = max(0, start - batch.num_rows)
-    except Exception as error:
-        raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
+    for batch in file.iter_batches(1024, columns=names):  # row group by row group
+        yield from batch.slice(start).to_pylist()
+        start = max(0, start - batch.num_rows)

@@ -43,32 +43,30 @@ class Tokenizer:
     def _check(self, whole, known):
         """Refuse what changes text, or what joins text over the seams of chat.pieces_of."""
         model, text = self.backend.model, self.decode(self.encode(TRIAL))
+        is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
         pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
         tokens = [[self.control(piece)] if piece in known else self.encode(piece)
                   for piece in pieces]
-        is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
-        is_byte_level = isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel)
         refuse(self.folder / "tokenizer.json", {
-            "is no byte-level BPE like SmolLM2's (or has dropout)": not is_bpe or not is_byte_level,
+            "is no byte-level BPE like SmolLM2's (or has dropout)":
+                not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
             f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
             "makes other tokens of a conversation than of its pieces":
                 IM_END in known and sum(tokens, []) != whole})
 
     def _read_chat_template(self):
-        path = self.folder / "tokenizer_config.json"
-        template = read_json(path).get("chat_template") if path.is_file() else None
+        path, template = self.folder / "tokenizer_config.json", None
         if (self.folder / "chat_template.jinja").is_file():  # where newer folders keep it
             path = self.folder / "chat_template.jinja"
             template = path.read_text(encoding="utf-8", errors="replace")
-        if not isinstance(template, str | None):
-            raise UserError(f"{path}: chat_template is not text but {template!r:.60}")
-        if template and IM_START in template and not writes_chatml(template):
-            raise UserError(f"{path}: the chat template does not write turns as chat.py does "
-                            "(<|im_start|>role, new line, text<|im_end|>, new line; no bos_token)")
-        return template
+        elif path.is_file():
+            template = read_json(path).get("chat_template")
+        if template and (not isinstance(template, str) or not writes_our_turns(template)):
+            raise UserError(f"{path}: the chat template is no text, or does not write turns as "
+                            "chat.py does (<|im_start|>role, new line, text<|im_end|>, new line)")
+        return template or None
 
     def control(self, name: str) -> int:
-        """The id of a control token; UserError where the tokenizer has no such token."""
         token = self.backend.token_to_id(name)
         if token is None:
             raise UserError(f"{self.folder} cannot chat: no token {name} (see --format plain)")
@@ -83,23 +81,22 @@ class Tokenizer:
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
 
-    def decode(self, tokens) -> str:
+    def decode(self, tokens, with_control=False) -> str:
         """Ids -> text, control tokens left out."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=True)
+        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=not with_control)
 
     def decode_with_control(self, tokens) -> str:
-        """Ids -> text, control tokens shown by name."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+        return self.decode(tokens, with_control=True)
 
 
-def writes_chatml(template):
-    """Whether a template says of each turn what chat.CHAT_TEMPLATE says. It is not run."""
+def writes_our_turns(template):
+    """Whether a ChatML template says what chat.CHAT_TEMPLATE says; others are not for chats."""
     code = template.replace("\\n", "\n").replace('"', "'")
     code = re.sub(r"message\.(role|content)", r"message['\1']", code)
-    for variation in (" ", "|trim", "(", ")", "'+'"):
-        code = code.replace(variation, "")
+    code = re.sub(r"\|trim|'\+'", "", re.sub("[ ()]", "", code))
     turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
-    return turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
+    is_ours = turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
+    return is_ours or IM_START not in template
 
 
 class StreamDecoder:
@@ -109,7 +106,7 @@ class StreamDecoder:
         self.tokenizer, self.tokens, self.length = tokenizer, [], 0
 
     def step(self, token: int) -> str:
-        """The text that this token completes, often its own, sometimes none."""
+        """The text that this token completes, perhaps none."""
         self.tokens.append(int(token))
         text = self.finish()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps half of one
@@ -118,5 +115,5 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """What is still waiting, at the end of a reply perhaps an unfinished character: U+FFFD."""
+        """What is still waiting: an unfinished character becomes U+FFFD."""
         return self.tokenizer.decode(self.tokens)[self.length:]

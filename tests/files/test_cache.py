@@ -43,7 +43,7 @@ def test_a_truncated_file_is_made_anew(name, spoil):
     folder = cache.kept("data/a", make_examples)
     spoil(folder / name)
     assert cache.kept("data/a", make_examples) == folder
-    both = examples.read([folder], ["x:"], 320)
+    both = examples.read(folder, "x:", 320)
     assert [both[i][0].tolist() for i in range(2)] == [[5, 6, 7], [8, 9]] and both.source(1) == "x:2"
     assert [both[i][1].tolist() for i in range(2)] == [[False, True, True], [False, True]]
 
@@ -63,7 +63,7 @@ def test_a_wrong_clock_does_not_evict_what_is_new(wrong_clock, place):
         date(cache.kept(f"data/old{number}", make_examples, at_most=8), wrong_clock)
     for number in range(10):
         folder = cache.kept(f"data/new{number}", make_examples, at_most=8)
-        assert len(examples.read([folder], [""], 320)[0]) == 2
+        assert len(examples.read(folder, "", 320)[0]) == 2
         date(folder, number - 100)
     assert {path.name for path in (place / "data").iterdir()} == {f"new{n}" for n in range(2, 10)}
 

