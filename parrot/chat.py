@@ -103,7 +103,7 @@ def default_system(template):
     if IM_START not in template or IM_END not in template:
         raise UserError("the model's chat template is not ChatML (<|im_start|> ... <|im_end|>): "
                         "use another model, or sample.py --format plain to continue a text")
-    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}]+)<\|im_end\|>", template)
+    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
     return match and match[1]
 
 

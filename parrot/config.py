@@ -23,8 +23,8 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 @dataclass
 class Machine:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
-    dtype: str = option("bfloat16", "type of the matrix products and of a saved model; float32 on "
-                        "hardware without bfloat16 units", choices=DTYPES)
+    dtype: str = option("bfloat16", "type of the matrix products; float16 or float32 on hardware "
+                        "without bfloat16 units", choices=DTYPES)
     plain: bool = option(False, "without parrot/fast: the same result, slower", may_change=True)
 
 

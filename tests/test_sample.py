@@ -46,6 +46,30 @@ def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
     assert "cut after 12 tokens" in err
 
 
+@pytest.mark.parametrize("stdin, flags", [("", ("--prompt", "Hi")), ("Hi\n\n", ()), ("", ("--prompt", "Hi", "--num-samples", 2))])
+def test_a_system_turn(stdin, flags, ask, tiny_folder):
+    settings = ("--model", tiny_folder, "--temperature", 0, "--dtype", "float32", *flags, *SHORT)
+    out = ask(*settings, "--system", "Be short.", stdin=stdin)[1]
+    model, tokenizer = assistant.load(tiny_folder)
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, "Be short.")
+    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
+                            repetition_penalty=REPETITION_PENALTY)
+    expected = sample.printable(tokenizer.decode([token for token, in steps]))
+    assert expected in out and expected not in ask(*settings, stdin=stdin)[1]
+
+
+def test_an_empty_system_turn_is_none_not_even_the_models_own(ask, q4_folder, tokenizer):
+    assert assistant.Assistant.of("", None, tokenizer, "chat").system.startswith("You are a helpful")
+    with_own, without = (ask("--model", q4_folder, "--prompt", "Who are you?", "--temperature", 0, *extra, *SHORT)[1]
+                         for extra in ((), ("--system", "")))
+    assert with_own != without
+
+
+def test_a_system_turn_needs_a_chat(ask, tiny_folder):
+    status, _, err = ask("--model", tiny_folder, "--prompt", "Hi", "--format", "plain", "--system", "Be short.", *SHORT)
+    assert status == 1 and "reads no --system" in err
+
+
 def test_a_seed_repeats(ask, tiny_folder):
     replies = [ask("--model", tiny_folder, "--prompt", "Hi", "--seed", seed, *SHORT)[1] for seed in (1, 1, 2)]
     assert replies[0] == replies[1] != replies[2]

@@ -6,7 +6,8 @@ RMSNorm's weights are part of the matrix that follows, and rotation multiplies c
 One reply at a time: the weights stay in bfloat16 even on a CPU without bfloat16 units, since
 torch's product with one row is bound by memory; products with more rows (the prompt) are in float32
 there. Many at once: oneDNN has the matrices in an order of its own, which takes it a second.
-On two cores 9.5 ms per token instead of 12.2 in bfloat16, 1.5 times as fast in float32.
+On two cores 9.5 ms per token instead of 12.2 in bfloat16, 1.5 times as fast in float32; without
+bfloat16 units, weights in bfloat16 make a reply 1.3 times as fast again, in half the memory.
 Held equal to the plain network by tests/fast/test_packed.py.
 """
 
