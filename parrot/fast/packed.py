@@ -3,11 +3,10 @@
 For one new token each weight is used once, so speed depends on how fast the weights come from
 memory and on the number of small operations. Here matrices that read the same row are one,
 RMSNorm's weights are part of the matrix that follows, and rotation multiplies complex numbers.
-One reply at a time: the weights stay in bfloat16 even on a CPU without bfloat16 units, since
-torch's product with one row is bound by memory; products with more rows (the prompt) are in float32
-there. Many at once: oneDNN has the matrices in an order of its own, which takes it a second.
-On two cores 9.5 ms per token instead of 12.2 in bfloat16, 1.5 times as fast in float32; without
-bfloat16 units, weights in bfloat16 make a reply 1.3 times as fast again, in half the memory.
+One reply: the weights stay in bfloat16 even without bfloat16 units, since torch's product with one
+row is bound by memory; products with more rows (the prompt) are in float32 there. Many replies:
+oneDNN has the matrices in its own order. On two cores 9.5 ms per token instead of 12.2 in bfloat16,
+1.5 times as fast in float32; there, weights in bfloat16 are 1.3 times as fast again.
 Held equal to the plain network by tests/fast/test_packed.py.
 """
 
