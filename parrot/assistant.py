@@ -54,7 +54,7 @@ class Assistant:
         """format: chat, plain, or auto, which is chat if the folder has a template."""
         template = tokenizer.chat_template
         chats = format == "chat" or (format == "auto" and template is not None)
-        system = default_system(template) if chats and template else None
+        system = default_system(template, tokenizer.folder) if chats and template else None
         stop = model_folder.stop_tokens(tokenizer, chats)
         return cls(name, model, tokenizer, stop, chats, system)
 

@@ -93,7 +93,7 @@ def encode_prompt(messages, tokenizer: Tokenizer, system=None):
     return encode_pieces([pieces], tokenizer)[0][0]
 
 
-def default_system(template):
+def default_system(template, folder="the model"):
     r"""The system turn that a ChatML template adds where there is none, or None.
 
     It is read from the text: running a downloaded template would be running a program.
@@ -101,7 +101,7 @@ def default_system(template):
     'You are kind.'
     """
     if IM_START not in template or IM_END not in template:
-        raise UserError("the model's chat template is not ChatML (<|im_start|> ... <|im_end|>): "
+        raise UserError(f"{folder}: the chat template is not ChatML (<|im_start|> ... <|im_end|>): "
                         "use another model, or sample.py --format plain to continue a text")
     match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
     return match and match[1]
