@@ -244,7 +244,7 @@ def is_finished(folder, data: hub.DataFiles, config: EvaluateConfig):
     with report.contents_of(folder / "run.json"):
         if not about:
             return False
-        fraction = about["config"]["val_fraction"]
+        fraction = 0 if about["config"].get("val_data") else about["config"]["val_fraction"]
         shared = set(about["data"]["files"].values()) & set(data.hashes.values())
         if shared and fraction < config.val_fraction:
             say(f"{folder} held out only {fraction:g} of this data: it was trained on some of it")

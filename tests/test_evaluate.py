@@ -217,14 +217,16 @@ def test_a_base_model_is_asked_in_the_chat_format(run, tiny_folder, tmp_path):
     assert base["loss"][""][0] == pytest.approx(tiny["loss"][""][0], rel=1e-3)
 
 
-@pytest.mark.parametrize("fraction, warned", [(0.3, False), (0.02, True)])  # run() holds out 0.3
+@pytest.mark.parametrize("fraction, val_data, warned", [  # run() holds out 0.3
+    (0.3, None, ""), (0.02, None, "held out only 0.02 of this data"), (0.3, "test", "held out only 0 of this data")])
 def test_a_run_that_was_trained_on_what_it_is_measured_on(
-        fraction, warned, run, tiny_folder, tmp_path):
+        fraction, val_data, warned, run, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "run.json").write_text(json.dumps(
-        {"config": {"val_fraction": fraction}, "data": {"files": {"x": sha256_of(run.data)}},
+        {"config": {"val_fraction": fraction, "val_data": val_data}, "data": {"files": {"x": sha256_of(run.data)}},
          "finished": False}))
-    assert ("held out only 0.02 of this data" in run(folder)[2]) == warned
+    told = run(folder)[2]
+    assert warned in told and ("held out only" in told) == bool(warned)
 
 
 def test_records_that_are_bad_or_of_odd_categories(run, tiny_folder, records_file):

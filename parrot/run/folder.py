@@ -66,7 +66,8 @@ def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
     def recipe(about):
         values = {"the data's sha256": about["data"]["files"],
-                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"]}
+                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"],
+              "the held-out data's sha256": about["val_files"]}
         for field in fields(config):
             if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
                 values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)

@@ -63,6 +63,7 @@ class Trainer:
         if not config.dry_run:
             self._open(describe(
                 config, weights, files, self.dtype, notes, objective=self.objective,
+                val_files=list(self.val_data.hashes.values()) if self.val_data else [],
                 examples=len(self.train_set), held_out=len(self.val_set), steps=self.total_steps,
                 longest=longest, device=name_of(device), processes=self.processes.size,
                 compiled=compiled, micro_batch_tokens=self.max_tokens))
@@ -83,10 +84,10 @@ class Trainer:
     def load_data(self, files, **kind):
         """DataFiles -> (train Examples, held-out Examples, remarks)."""
         config = self.config
+        self.val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
         return data.load_examples(
-            files, self.tokenizer, config.max_length, config.val_fraction, **kind,
-            skip_bad=config.skip_bad_records, max_examples=config.max_examples,
-            val_data=config.val_data and hub.find_data(config.val_data, of=config.data))
+            files, self.tokenizer, config.max_length, config.val_fraction, val_data=self.val_data,
+            skip_bad=config.skip_bad_records, max_examples=config.max_examples, **kind)
 
     def batch_of(self, examples, indices):
         return data.Batch.of(examples, indices, self.model.device)
@@ -118,8 +119,7 @@ class Trainer:
         memory = (peak_memory(self.model.device) + moments) / 1e9
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
             f"{hours:.1f} h, {memory:.1f} GB of memory, {3.5 * moments / 1e9:.1f} GB of disk. "
-            f"{self.num_tokens:,.0f} tokens in all, {moments // 8:,} parameters. Nothing was "
-            "written.")
+            f"{self.num_tokens:,.0f} tokens, {moments // 8:,} parameters. Nothing was written.")
 
     def steps(self):
         """Yield the number of each step to do, from 0; evaluate in between."""
@@ -225,7 +225,7 @@ class Trainer:
 
     def finish(self):
         """Leave the folder as a finished run, and show what was learned."""
-        folder, device = self.folder, self.model.device
+        folder, device, progress = self.folder, self.model.device, self.progress
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         best = Assistant.of("", self.model, self.tokenizer, "chat")
@@ -233,7 +233,6 @@ class Trainer:
             best = Assistant.load("", folder.path, torch.float32, device)
         self._ask("after", best)
         folder.finish(peak_memory=peak_memory(device))
-        progress = self.progress
         say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
             f"{peak_memory(device) / 1e9:.1f} GB at most")
         if len(self.val_set):

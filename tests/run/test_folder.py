@@ -20,7 +20,7 @@ from parrot.system import disk
 from parrot.system.console import UserError
 from parrot.training import make_optimizer
 
-ABOUT = {"data": {"files": {}}, "weights": {"files": {}}, "config": asdict(TrainConfig()),
+ABOUT = {"data": {"files": {}}, "val_files": [], "weights": {"files": {}}, "config": asdict(TrainConfig()),
          "dtype": "float32"}
 
 
@@ -287,20 +287,20 @@ def test_a_run_json_of_something_else_is_named(about, tmp_path):
     (tmp_path / "run.json").write_text(about)
     with pytest.raises(UserError, match="run.json"):
         folder_at(tmp_path).begin(resume=True)
-        check_same(tmp_path / "run.json", {"data": {"files": {}}, "weights": {"files": {}},
+        check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_files": [], "weights": {"files": {}},
                                            "config": asdict(TrainConfig()), "dtype": "float32"}, TrainConfig())
 
 
 @pytest.fixture
 def about(tiny_folder, records_file):
     """A function: settings and type -> what run.json says of a run with them."""
-    def about(dtype=torch.float32, weights=tiny_folder, more="", **changes):
+    def about(dtype=torch.float32, weights=tiny_folder, more="", val_files=(), **changes):
         data = records_file([{"prompt": "a", "completion": f"b{more}"}])
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
         found = [Found(weights, {"name": str(weights), "from": "a folder"}),
                  DataFiles([data], {"name": str(data), "from": "a file"})]
         notes = [f"1 bad: {data}:3: not JSON"]
-        return describe(config, *found, dtype, notes, steps=3)
+        return describe(config, *found, dtype, notes, steps=3, val_files=list(val_files))
     return about
 
 
@@ -325,6 +325,8 @@ def test_resuming_compares_what_was_computed(about, tmp_path):
         check_same(path, about(dtype=torch.bfloat16), TrainConfig())
     with pytest.raises(UserError, match="--epochs was 3 and is now 4"):
         check_same(path, about(epochs=4), TrainConfig())
+    with pytest.raises(UserError, match="the held-out data's sha256 was"):
+        check_same(path, about(val_files=["abc"]), TrainConfig())
     with pytest.raises(UserError, match="the data's sha256 was"):
         check_same(path, about(more="c"), TrainConfig())
 
