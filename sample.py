@@ -19,28 +19,29 @@ from parrot.config import SampleConfig
 from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import StreamDecoder
-from parrot.sampling import check_room, generate, replies
+from parrot.sampling import check_room, generate
 from parrot.system.command_line import parse
-from parrot.system.console import UserError, printable, run_program, say, side_by_side
+from parrot.system.console import UserError, printable, refuse, run_program, say, side_by_side
 from parrot.system.device import pick
 
 
 def main():
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
+    question = [{"role": "user", "content": config.prompt}]
     if config.compare:
-        texts = [f"{printable(name)}\n\n{several_replies(load(name, config), config)}"
+        texts = [f"{name}\n\n{reply(load(name, config), question, config)}"
                  for name in config.compare]
-        print(side_by_side(texts, shutil.get_terminal_size().columns))
+        width = shutil.get_terminal_size().columns
+        print(side_by_side([printable(text) for text in texts], width))
         return
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
         chat(assistant, config)
     elif config.num_samples > 1:
-        print(several_replies(assistant, config))
+        print(printable(reply(assistant, question, config)))
     else:
-        prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
-        stream_reply(assistant, prompt, config)
+        reply(assistant, question, config, stream=True)
 
 
 def newest_run():
@@ -53,56 +54,47 @@ def newest_run():
     return str(max(models, key=lambda path: path.stat().st_mtime).parent)
 
 
-def load(name, config) -> Assistant:
+def load(name, config: SampleConfig) -> Assistant:
+    """The model that --model or --compare names. UserError."""
     device, dtype = pick(config.device, config.dtype)
     many = config.num_samples > 1
     if config.dtype == "bfloat16" and fast.enabled and not many and pays(device):
         dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
     folder = hub.find_weights(name).path
     assistant = Assistant.load(name, folder, dtype, device, config.format, many)
-    if config.system is not None and not assistant.chats:
-        raise UserError(f"{name} has no chat template, so it reads no --system: see --format chat")
     if config.system is not None:
+        fault = "has no chat template, so it reads no --system: see --format chat"
+        refuse(name, {fault: not assistant.chats})
         assistant.system = config.system
     return assistant
 
 
-def settings(config):
-    names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
+    """Write --num-samples replies; returns their text. stream: show one as it is written."""
+    prompt, names = assistant.prompt(messages), ("temperature", "top_p", "repetition_penalty")
+    settings = {name: getattr(config, name) for name in names}
     generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    return {"generator": generator, **{name: getattr(config, name) for name in names}}
-
-
-def stream_reply(assistant: Assistant, prompt, config):
-    """Print one reply as it is written; returns its text."""
-    decoder = StreamDecoder(assistant.tokenizer)
-    for [token] in generate(assistant.model, [prompt], assistant.stop, **settings(config)):
-        print(printable(decoder.step(token)), end="", flush=True)
-    print(printable(decoder.finish()), flush=True)
-    say_if_cut(assistant, prompt, decoder.tokens, config)
-    return assistant.tokenizer.decode(decoder.tokens)
-
-
-def several_replies(assistant: Assistant, config):
-    """The text of --num-samples replies, written together; numbered, if more than one."""
-    prompt = assistant.prompt([{"role": "user", "content": config.prompt}])
-    written = replies(assistant.model, [prompt], assistant.stop, samples_each=config.num_samples,
-                      **settings(config))
-    say_if_cut(assistant, prompt, max((tokens for tokens, _ in written), key=len), config)
-    texts = [printable(assistant.tokenizer.decode(tokens)) for tokens, _ in written]
+    written = [StreamDecoder(assistant.tokenizer) for _ in range(config.num_samples)]
+    for tokens in generate(assistant.model, [prompt], assistant.stop, generator=generator,
+                           max_new_tokens=config.max_new_tokens, samples_each=len(written),
+                           **settings):
+        for decoder, token in zip(written, tokens, strict=True):
+            text = "" if token is None else decoder.step(token)
+            if stream:
+                print(printable(text), end="", flush=True)
+    if stream:
+        print(printable(written[0].finish()), flush=True)
+    longest = max(len(decoder.tokens) for decoder in written)
+    if longest == check_room([len(prompt)], assistant.model.config, config.max_new_tokens):
+        say(f"[{assistant.name}: cut after {longest} tokens]")
+    texts = [assistant.tokenizer.decode(decoder.tokens) for decoder in written]
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
 
 
-def say_if_cut(assistant: Assistant, prompt, reply, config):
-    """A word on stderr where a reply did not end by itself."""
-    if len(reply) == check_room([len(prompt)], assistant.model.config, config.max_new_tokens):
-        say(f"[{assistant.name}: cut after {len(reply)} tokens]")
-
-
-def chat(assistant: Assistant, config):
+def chat(assistant: Assistant, config: SampleConfig):
     """A conversation that remembers its turns, until an empty line, Ctrl-D or Ctrl-C."""
     if not assistant.chats:
         raise UserError("a chat needs a model with a chat template: give a --prompt to continue")
@@ -115,12 +107,12 @@ def chat(assistant: Assistant, config):
             say("")
             return
         messages.append({"role": "user", "content": line})
-        while len(prompt := assistant.prompt(messages)) > context * 3 // 4 and len(messages) > 1:
+        while len(assistant.prompt(messages)) > context * 3 // 4 and len(messages) > 1:
             messages = messages[2:]  # the oldest question and its reply
             say("[the oldest turn is forgotten: the context is full]")
         try:
-            reply = stream_reply(assistant, prompt, config)
-            messages.append({"role": "assistant", "content": reply})
+            text = reply(assistant, messages, config, stream=True)
+            messages.append({"role": "assistant", "content": text})
         except UserError as error:  # it does not fit: the chat goes on without it
             say(f"[{error}]")
             messages.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
@@ -16,7 +16,7 @@ from parrot.system.console import UserError
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """A model folder -> (Llama, Tokenizer), checked to fit each other."""
+    """A model folder -> (Llama, Tokenizer), checked to fit each other. UserError."""
     tokenizer, model = Tokenizer(folder), Llama.load(folder, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's "
@@ -31,15 +31,20 @@ def save(folder, model: Llama, tokenizer: Tokenizer, dtype):
     model_folder.write(folder, asdict(model.config), tensors, tokenizer, CHAT_TEMPLATE)
 
 
-@dataclass
 class Assistant:
-    """A loaded model folder."""
-    name: str
-    model: Llama
-    tokenizer: Tokenizer
-    stop: set  # the ids that end a reply
-    chats: bool  # or only continues the text
-    system: str | None  # the system turn that its template adds by itself
+    """A model to talk to: in turns if it `chats`, else it only continues a text.
+
+    format: chat, plain, or auto, which is chat if the tokenizer's folder has a template.
+    """
+
+    def __init__(self, name, model: Llama, tokenizer: Tokenizer, format="auto"):
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        template = tokenizer.chat_template
+        self.chats = format == "chat" or (format == "auto" and template is not None)
+        self.stop = model_folder.stop_tokens(tokenizer, self.chats)  # the ids that end a reply
+        self.system = None  # the system turn that its template adds by itself
+        if self.chats and template:
+            self.system = default_system(template, tokenizer.folder)
 
     @classmethod
     def load(cls, name, folder, dtype, device, format="auto", many=True):
@@ -47,16 +52,7 @@ class Assistant:
         model, tokenizer = load(folder, dtype, device)
         if fast.enabled:  # fast/packed.py
             model = pack(model, many)
-        return cls.of(name, model, tokenizer, format)
-
-    @classmethod
-    def of(cls, name, model, tokenizer, format="auto"):
-        """format: chat, plain, or auto, which is chat if the folder has a template."""
-        template = tokenizer.chat_template
-        chats = format == "chat" or (format == "auto" and template is not None)
-        system = default_system(template, tokenizer.folder) if chats and template else None
-        stop = model_folder.stop_tokens(tokenizer, chats)
-        return cls(name, model, tokenizer, stop, chats, system)
+        return cls(name, model, tokenizer, format)
 
     def prompt(self, messages):
         """The tokens that the reply follows: the template around all turns, or the bare text."""

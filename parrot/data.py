@@ -91,9 +91,9 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examp
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
         key = json.dumps([rows.format_of(path), data.hashes[path], start, *recipe])
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer,
                        skip_bad, pairs)
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         folder, source = cache.kept(f"data/{name}", make, at_most=256), rows.source_of(path)
         parts.append(examples.read(folder, source, tokenizer.vocab_size))
         for remark, (count, where) in read_json(folder / "notes.json").items():
@@ -101,15 +101,14 @@ def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examp
             places[remark] += [f"{source}{place}" for place in where]
         if sum(map(len, parts)) >= most:
             break
-    found = Examples.joined(parts)
-    found = found.where(np.arange(len(found)) < most)
-    fits = found.lengths.reshape(-1, versions).max(axis=1) <= max_length
-    fits = fits.repeat(versions)  # both or none
     remarks = [f"{count} {remark} ({', '.join(places[remark][:3])}{' ...' if count > 3 else ''})"
                for remark, count in counts.items()]
-    if not fits.all():
-        remarks.append(f"{(~fits).sum()} left out: longer than --max-length {max_length}")
-    return found.where(fits), remarks
+    joined = Examples.joined(parts)
+    joined = joined.where(np.arange(len(joined)) < most)
+    longest = joined.lengths.reshape(-1, versions).max(axis=1).repeat(versions)  # of a pair
+    if too_long := int((longest > max_length).sum()):
+        remarks.append(f"{too_long} left out: longer than --max-length {max_length}")
+    return joined.where(longest <= max_length), remarks
 
 
 def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, folder):

@@ -1,6 +1,6 @@
 """From logits to words: repetition penalty, temperature, top-p, and the loop that writes.
 
-Shapes: B replies that are written, V vocabulary, W of its tokens, t tokens written so far.
+Shapes: B replies, R of them not ended, V vocabulary, W of its tokens, t tokens written so far.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from parrot import fast
 from parrot.attention import KVCache
-from parrot.fast.cached import cache_dtype, without_ended
+from parrot.fast.cached import cache_dtype
 from parrot.fast.captured import CapturedStep
 from parrot.fast.nucleus import likeliest
 from parrot.system.console import UserError
@@ -98,29 +98,24 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
         next_logits = CapturedStep()
     B = len(logits)
     written = torch.empty(B, room, dtype=torch.long, device=model.device)
-    rows = torch.arange(B, device=model.device)  # the replies that are written on
-    ended = set()
+    rows = torch.arange(B, device=model.device)  # (R,) the replies that have not ended
     for count in range(room):
         if repetition_penalty != 1:
             logits = penalize(logits, written[rows, :count], repetition_penalty)
         numbers = torch.rand(B, generator=generator).to(model.device)
-        tokens = choose(logits, temperature, top_p, numbers[rows])
-        written[rows, count] = tokens
+        tokens = choose(logits, temperature, top_p, numbers[rows])  # (R,)
 
+        running = [i for i, token in enumerate(tokens.tolist()) if token not in stop]
+        if not running:
+            return
+        rows, tokens = rows[running], tokens[running]
+        written[rows, count] = tokens
         step = [None] * B
         for reply, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            if token in stop:
-                ended.add(reply)
-            elif reply not in ended:
-                step[reply] = token
-        if len(ended) == B:
-            return
+            step[reply] = token
         yield step
-
-        if fast.enabled:  # fast/cached.py
-            rows, tokens = without_ended(cache, rows, tokens, ended)
         if count < room - 1:
-            logits = next_logits(model, cache, tokens)
+            logits = next_logits(model, cache, tokens, running)
 
 
 def read_prompts(model, prompts, room, samples_each):
@@ -136,8 +131,10 @@ def read_prompts(model, prompts, room, samples_each):
     return cache, model.logits(hidden_states[last][prompt_of_reply])
 
 
-def logits_after(model, cache, tokens):
-    """The tokens (B,) that were just written -> logits (B, V) of what comes next."""
+def logits_after(model, cache, tokens, running):
+    """Tokens (R,) of the `running` rows of the cache, which keeps them alone -> logits (R, V)."""
+    if len(running) < len(cache.filled):
+        cache.select(running)
     return model.logits(model(tokens, cache.step()))
 
 

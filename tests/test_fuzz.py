@@ -109,7 +109,7 @@ def load(name, folder, tokenizer):
         assistant.load(folder / "imported")
     elif name in MODEL:
         model, words = assistant.load(hub.find_weights(str(folder)).path)
-        assistant.Assistant.of("", model, words)
+        assistant.Assistant("", model, words)
     elif name in RUN:
         report.write(folder)
     else:

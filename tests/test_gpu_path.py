@@ -138,7 +138,7 @@ def test_a_prompt_and_a_step_of_writing(dtype, both_ways):
         model = model_on_gpu(dtype)
         cache = KVCache(model.config, 2, 30, dtype, CUDA)
         hidden_states = model(torch.zeros(7, dtype=torch.long, device=CUDA), cache.prefill([3, 4]))
-        logits = sampling.logits_after(model, cache, torch.zeros(2, dtype=torch.long, device=CUDA))
+        logits = sampling.logits_after(model, cache, torch.zeros(2, dtype=torch.long, device=CUDA), [0, 1])
         logits = sampling.penalize(logits, torch.zeros(2, 3, dtype=torch.long, device=CUDA), 1.2)
     assert hidden_states.device == logits.device == CUDA and hidden_states.dtype == logits.dtype == dtype
 

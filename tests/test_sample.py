@@ -59,7 +59,7 @@ def test_a_system_turn(stdin, flags, ask, tiny_folder):
 
 
 def test_an_empty_system_turn_is_none_not_even_the_models_own(ask, q4_folder, tokenizer):
-    assert assistant.Assistant.of("", None, tokenizer, "chat").system.startswith("You are a helpful")
+    assert assistant.Assistant("", None, tokenizer, "chat").system.startswith("You are a helpful")
     with_own, without = (ask("--model", q4_folder, "--prompt", "Who are you?", "--temperature", 0, *extra, *SHORT)[1]
                          for extra in ((), ("--system", "")))
     assert with_own != without
@@ -101,9 +101,9 @@ def test_a_chat_remembers_its_turns(ask, tiny_folder, monkeypatch):
                         lambda messages, *rest: seen.append(list(messages)) or original(messages, *rest))
     status, out, err = ask("--model", tiny_folder, "--temperature", 0, *SHORT, stdin="Hi\nAnd now?\n\n")
     assert status == 0 and err.count("you> ") == 3 and len(out.splitlines()) >= 2
-    assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
-    assert seen[1][0]["content"] == "Hi" and seen[1][2]["content"] == "And now?"
-    assert sample.printable(seen[1][1]["content"]) in out
+    assert [m["role"] for m in seen[-1]] == ["user", "assistant", "user"]
+    assert seen[-1][0]["content"] == "Hi" and seen[-1][2]["content"] == "And now?"
+    assert sample.printable(seen[-1][1]["content"]) in out
 
 
 def test_a_chat_with_bytes_that_are_no_text_or_with_nobody(tiny_folder, tmp_path):

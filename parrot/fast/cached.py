@@ -36,15 +36,3 @@ class FastStep:
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
         y = F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible)
         return y.flatten(1, 2).to(q.dtype)
-
-
-def without_ended(cache, rows, tokens, ended):
-    """Rows and tokens (B,) -> those that have not ended, once these are half of them or fewer.
-
-    A graph on a GPU needs fixed shapes, so there all stay.
-    """
-    running = [i for i, row in enumerate(rows.tolist()) if row not in ended]
-    if cache.keys.device.type == "cuda" or 2 * len(running) > len(rows):
-        return rows, tokens
-    cache.select(running)
-    return rows[running], tokens[running]

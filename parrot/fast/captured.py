@@ -9,20 +9,22 @@ import torch
 
 
 class CapturedStep:
-    """sampling.logits_after for one model and one cache; the logits stand in the same memory."""
+    """sampling.logits_after for one model and one cache. Shapes are fixed: ended replies go on."""
 
     def __init__(self):
         self.graph = None
 
-    def __call__(self, model, cache, tokens):
+    def __call__(self, model, cache, tokens, running):
         if self.graph is None:
-            self._capture(model, cache, tokens)
-        self.tokens.copy_(tokens)
+            self._capture(model, cache)
+            self.rows = torch.arange(len(self.tokens), device=tokens.device)
+        self.rows = self.rows[running]
+        self.tokens[self.rows] = tokens
         self.graph.replay()
-        return self.logits
+        return self.logits[self.rows]
 
-    def _capture(self, model, cache, tokens):
-        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+    def _capture(self, model, cache):
+        self.tokens, self.graph = torch.zeros_like(cache.filled), torch.cuda.CUDAGraph()
         filled, side = cache.filled.clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a first run sets up what may not be recorded

@@ -125,7 +125,7 @@ class Trainer:
         """Yield the number of each step to do, from 0; evaluate in between."""
         progress, config = self.progress, self.config
         if progress.step == 0:
-            self._ask("before", Assistant.of("", self.model, self.tokenizer, "chat"))
+            self._ask("before", Assistant("", self.model, self.tokenizer, "chat"))
         self.bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", desc="training",
                         disable=self.processes.rank > 0)
         with StopSignal() as self.stop, self.bar:
@@ -228,7 +228,7 @@ class Trainer:
         folder, device, progress = self.folder, self.model.device, self.progress
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        best = Assistant.of("", self.model, self.tokenizer, "chat")
+        best = Assistant("", self.model, self.tokenizer, "chat")
         if folder.keeps and folder.writes:
             best = Assistant.load("", folder.path, torch.float32, device)
         self._ask("after", best)

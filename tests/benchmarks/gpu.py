@@ -115,7 +115,7 @@ def check_all(folder, data, device):
     examples, _, _ = load_examples(hub.find_data(data), tokenizer, 2048, 0.02)
     few = Examples.of([examples[index] for index in range(4)])
     good = [check_gradients(folder, few, device), check_attention(device), check_replay(model)]
-    writer = Assistant.of("", model, tokenizer)
+    writer = Assistant("", model, tokenizer)
     for samples in (1, 16, 256) if device.type == "cuda" else (1,):
         rate = write(writer, samples, 200 if device.type == "cuda" else 8)
         print(f"{samples} replies at once: {rate:.0f} tokens/s", flush=True)

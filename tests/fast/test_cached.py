@@ -6,7 +6,6 @@ from conftest import tiny_model
 
 from parrot import fast
 from parrot.attention import KVCache
-from parrot.fast.cached import without_ended
 
 
 @pytest.mark.parametrize("lengths", [[3, 9], [6, 6], [1]])
@@ -25,12 +24,3 @@ def test_the_same_hidden_states_step_by_step(lengths, monkeypatch):
                 hidden_states.append(model(new, cache.step()))
             assert torch.allclose(*hidden_states, atol=1e-5)
     assert caches[0].filled.tolist() == caches[1].filled.tolist() == [n + 5 for n in lengths]
-
-
-def test_rows_leave_once_half_of_them_have_ended():
-    cache = KVCache(tiny_model().config, 4, 8)
-    cache.filled[:] = torch.tensor([1, 2, 3, 4])
-    rows, tokens = torch.arange(4), torch.tensor([10, 11, 12, 13])
-    assert without_ended(cache, rows, tokens, {1})[0] is rows
-    rows, tokens = without_ended(cache, rows, tokens, {1, 2})
-    assert (rows.tolist(), tokens.tolist(), cache.filled.tolist()) == ([0, 3], [10, 13], [1, 4])

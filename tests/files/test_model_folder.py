@@ -266,7 +266,7 @@ def test_where_a_base_model_stops(format, stop, folder):
     for name in ("config.json", "generation_config.json"):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**config, "eos_token_id": 0}))
-    assert Assistant.of("", *assistant.load(folder), format).stop == stop
+    assert Assistant("", *assistant.load(folder), format).stop == stop
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
