@@ -50,7 +50,7 @@ def pieces_of(messages):
     pieces = []
     for message in messages:
         pieces.append((IM_START, False))
-        if message["role"] == "assistant" and "weight" not in message:  # 0: it is only read
+        if message["role"] == "assistant" and "weight" not in message:  # else it is only read
             pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
         else:
             pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
@@ -62,12 +62,11 @@ def encode_pieces(conversations, tokenizer: Tokenizer):
     """Lists of pieces -> [(tokens, is_target)], two lists of one length. A batch uses all cores."""
     texts = list({text for pieces in conversations for text, _ in pieces})
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    control_ids = {name: [tokenizer.control(name)] for name in (IM_START, IM_END)}
     encoded = []
     for pieces in conversations:
         tokens, is_target = [], []
         for text, flag in pieces:
-            piece = control_ids[text] if isinstance(text, Control) else ids[text]
+            piece = [tokenizer.control(text)] if isinstance(text, Control) else ids[text]
             tokens += piece
             is_target += [flag] * len(piece)
         encoded.append((tokens, is_target))
@@ -107,17 +106,14 @@ def default_system(template, folder="the model"):
     return match and match[1]
 
 
-def spans_of(tokens, is_target, tokenizer: Tokenizer):
-    """Tokens as text, control tokens by name -> [[text, whether it is a target]]."""
-    runs = groupby(zip(tokens, is_target, strict=True), key=lambda pair: bool(pair[1]))
-    return [[tokenizer.decode_with_control(token for token, _ in run), flag] for flag, run in runs]
-
-
 def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):
     """Tokens as text for the terminal, targets in green (without colours: in «»)."""
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
-    return "".join(before + printable(text) + after if flag else printable(text)
-                   for text, flag in spans_of(tokens, is_target, tokenizer))
+    shown = ""
+    for flag, run in groupby(zip(tokens, is_target, strict=True), key=lambda pair: bool(pair[1])):
+        text = printable(tokenizer.decode_with_control(token for token, _ in run))
+        shown += before + text + after if flag else text
+    return shown
 
 
 def token_rows(tokens, is_target, tokenizer: Tokenizer):

@@ -14,7 +14,6 @@ from parrot.chat import (
     default_system,
     encode_chat,
     encode_prompt,
-    spans_of,
     text_of,
     token_rows,
 )
@@ -97,12 +96,6 @@ def test_the_view_marks_targets_and_shows_control_characters(tokenizer):
     text = coloured(*encode_chat(messages, tokenizer), tokenizer, colour=False)
     assert text == "<|im_start|>user\na\\x1b[2J<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
     assert "\x1b[32mb<|im_end|>\x1b[0m" in coloured(*encode_chat(messages, tokenizer), tokenizer)
-
-
-def test_the_pieces_that_the_report_marks(tokenizer):
-    encoded = encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenizer)
-    assert spans_of(*encoded, tokenizer) == [
-        ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False], ["Ho<|im_end|>", True], ["\n", False]]
 
 
 def test_the_view_from_the_command_line(records_file, tiny_folder):
