@@ -84,12 +84,10 @@ def test_loss_and_gradient_are_those_of_the_formula(both_ways, tiny_folder, tiny
         expected = expected - F.logsigmoid(0.1 * (margin - before))
     expected.backward()
 
-    data = Pairs(Examples.of(encoded))
+    data = Pairs(Examples.of(encoded), beta=0.1)
     loss = 0.0
     for indices in ([0, 1, 2], [3, 4]):
-        rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
-        counts = [int(data.examples[row][1].sum()) for row in rows]
-        batch = PairBatch(**vars(dpo.Batch.of(data.examples, rows)), counts=counts, reference=torch.zeros(len(indices)), beta=0.1)
+        batch = PairBatch.of(data, indices)
         with torch.no_grad():
             batch.reference = preference_margins(reference, batch, torch.float32)
         part = preference_loss(policy, batch, torch.float32)

@@ -1,12 +1,10 @@
-"""A run's folder: what was trained how, its metrics, its best model, and what --resume needs.
+"""A run's folder. A crash leaves each file as the old one or the new one, complete.
 
     model.safetensors, config.json, ...   the best model so far
     run.json        settings, versions, hashes, replies before and after training
     metrics.jsonl   a line for each step and each evaluation
-    report.html     all of it as a page; README.md: the model card
+    report.html, README.md   all of it as a page, and the model card
     checkpoint/     all that --resume needs, until the run is finished
-
-A file is replaced whole: after a crash at any moment, the old or the new one is there, complete.
 """
 
 import json
@@ -24,9 +22,9 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.config import Recipe
-from parrot.files.hub import DataFiles, Found
 from parrot.run import report
 from parrot.system.console import UserError, refuse
+from parrot.system.device import name_of
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
@@ -40,44 +38,51 @@ class Progress:
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
-    """What run.json says of a run. It may be published, so it names no folder of this machine."""
-    names = {"weights": public_name(weights), "data": public_name(data),
-             "val_data": config.val_data and Path(config.val_data).name}
-    versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    for path in data.files:
+def describe(run):
+    """What run.json says of a Trainer. It may be published: it names no folder of this machine."""
+    names = {"weights": public_name(run.weights), "data": public_name(run.files),
+             "val_data": run.config.val_data and Path(run.config.val_data).name,
+             "out": Path(run.config.out).name}
+    notes = run.notes
+    for path in run.files.files:
         notes = [note.replace(str(path), path.name) for note in notes]
-    hashes = {path.name: sha256 for path, sha256 in data.hashes.items()}
-    return {"config": {**asdict(config), **names, "out": Path(config.out).name},
-            "dtype": str(dtype).removeprefix("torch."),
-            "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
-            "data": {**data.origin, "name": names["data"], "files": hashes},
+    hashes = {path.name: sha256 for path, sha256 in run.files.hashes.items()}
+    versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
+    return {"config": {**asdict(run.config), **names},
+            "objective": run.objective, "dtype": str(run.dtype).removeprefix("torch."),
+            "weights": {**run.weights.origin, "name": names["weights"],
+                        "files": run.weights.hashes},
+            "data": {**run.files.origin, "name": names["data"], "files": hashes},
+            "val_files": list(run.val_files.hashes.values()) if run.val_files else [],
+            "examples": len(run.train_set), "held_out": len(run.val_set),
+            "longest": run.train_set.longest, "notes": notes, "steps": run.total_steps,
+            "micro_batch_tokens": run.max_tokens, "compiled": run.compiled,
             "versions": {"python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}",
-            "notes": notes, **more, "finished": False}
+            "device": name_of(run.model.device), "processes": run.processes.size,
+            "finished": False}
 
 
-def public_name(found: Found | DataFiles):
-    """The name of weights or data without its folder; "from" has the whole id of the Hub."""
+def public_name(found):
+    """The name of hub.Found or hub.DataFiles without its folder; "from" has the Hub's whole id."""
     return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
-    def recipe(about):
-        values = {"the data's sha256": about["data"]["files"],
-                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"],
-              "the held-out data's sha256": about["val_files"]}
-        for field in fields(config):
-            if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
-                values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
-        return values
+    names = [field.name for field in fields(config) if not field.metadata["may_change"]]
+
+    def fixed(about):  # of files the hashes, of types the one that was computed in
+        return {**{name: about["config"].get(name) for name in names}, "dtype": about["dtype"],
+                "weights": about["weights"]["files"], "data": about["data"]["files"],
+                "val_data": about["val_files"]}
     with report.contents_of(path):
-        before = recipe(read_json(path))
-    for what, value in recipe(about).items():
-        if before[what] != value:
-            raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
-                            "the same settings and files, or start anew with another --out.")
+        before = fixed(read_json(path))
+    for name, value in fixed(about).items():
+        if before[name] != value:
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}. "
+                "Resume with the same settings and files, or start anew with another --out.")
 
 
 def writing(method):
@@ -116,17 +121,6 @@ class RunFolder:
     def open(self, about, resume):
         """Write run.json; on resume, check first that nothing that matters has changed."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
-        if resume:
-            check_same(self.path / "run.json", about, self.config)
-        self.about = {**report.read_if_there(self.path / "run.json"), **about}
-        self.metrics.touch()
-        self.checkpoint.parent.mkdir(exist_ok=True)
-        write_json(self.path / "run.json", self.about)
-
-    def _lock(self):
-        """Refuse a folder where another process trains: they would overwrite each other's files."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.lock = os.fdopen(os.open(self.path / "lock.part", flags, 0o644), "wb")
         try:
@@ -136,6 +130,13 @@ class RunFolder:
             raise UserError(f"another train.py is at work in {self.path}: stop it first") from None
         except (ImportError, OSError):
             pass  # no locking available here: Windows, some network disks
+        self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
+        if resume:
+            check_same(self.path / "run.json", about, self.config)
+        self.about = {**report.read_if_there(self.path / "run.json"), **about}
+        self.metrics.touch()
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        write_json(self.path / "run.json", self.about)
 
     @writing
     def log(self, **values):

@@ -1,12 +1,10 @@
-"""report.html and README.md (the model card), made from the files of a run's folder.
-
-Those are run.json, metrics.jsonl and parrot.evaluate's evaluation.json.
-"""
+"""report.html and README.md (the model card) of a run, made from the other files of its folder."""
 
 import json
 import math
 from contextlib import contextmanager
 from html import escape
+from itertools import chain
 from pathlib import Path
 from string import Template
 
@@ -29,13 +27,14 @@ def write(folder):
 
 
 def render(folder):
+    """run.json, metrics.jsonl and, if there, evaluation.json -> the texts of report and card."""
     about = read_json(folder / "run.json")
     table = read_if_there(folder / "evaluation.json").get("table", [])
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
-        before, after = about.pop("before", []), about.pop("after", [])
-        after = after or [["", "not yet known"]] * len(before)
+        before = about.pop("before", [])
+        after = about.pop("after", []) or [["", "not yet known"]] * len(before)
         replies = [[*old, new[1]] for old, new in zip(before, after, strict=True)]
         values = {"first_loss": None, "best_loss": None, **about["config"], **about,
                   "done": len(points(metrics, "train_loss"))}
@@ -69,19 +68,17 @@ def contents_of(path):
 
 
 def plain(value):
-    """Any value as text without control characters."""
     if value is None:
         return "n/a"
     return printable(f"{value:.5g}" if isinstance(value, float) else str(value))
 
 
 def html(value):
-    """Any value as HTML: what comes from a file, a record or a name goes through here."""
+    """Any value without HTML's markup: nothing reaches the page but through here."""
     return escape(plain(value))
 
 
 def markdown(value):
-    """Any value as Markdown without markup."""
     return plain(value).translate(MARKUP)
 
 
@@ -107,7 +104,7 @@ def chart(metrics, *keys):
     curves = [points(metrics, key) for key in keys]
     if not any(curves):
         return ""
-    steps, values = zip(*(point for curve in curves for point in curve), strict=True)
+    steps, values = zip(*chain(*curves), strict=True)
     left, right, low, high = min(steps), max(steps), min(values), max(values)
     parts = ['<path d="M60 20V195H490"/>']
     for curve in curves:
