@@ -30,8 +30,8 @@ from parrot.system.disk import flush, read_json, replace_file, write_json
 
 @dataclass
 class Progress:
-    """How far a run is. `step` steps are done; the evaluation at `step` may still be due."""
-    step: int = 0
+    """How far a run is."""
+    step: int = 0  # steps that are done; the evaluation at this one may still be due
     tokens: int = 0  # of all examples so far
     seconds: float = 0.0  # of training and evaluating, over all sessions
     best_loss: float | None = None  # lowest held-out loss of a trained model
@@ -40,27 +40,22 @@ class Progress:
 
 def describe(run):
     """What run.json says of a Trainer. It may be published: it names no folder of this machine."""
-    names = {"weights": public_name(run.weights), "data": public_name(run.files),
-             "val_data": run.config.val_data and Path(run.config.val_data).name,
-             "out": Path(run.config.out).name}
-    notes = run.notes
-    for path in run.files.files:
-        notes = [note.replace(str(path), path.name) for note in notes]
-    hashes = {path.name: sha256 for path, sha256 in run.files.hashes.items()}
+    sources, names, notes = {}, {"out": Path(run.config.out).name}, run.notes
+    for kind, found in run.sources.items():
+        names[kind] = public_name(found)
+        hashes = {Path(path).name: sha256 for path, sha256 in found.hashes.items()}
+        sources[kind] = {**found.origin, "name": names[kind], "files": hashes}
+        for path in found.hashes:
+            notes = [note.replace(str(path), Path(path).name) for note in notes]
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    return {"config": {**asdict(run.config), **names},
+    return {"config": {**asdict(run.config), **names}, **sources, "notes": notes,
             "objective": run.objective, "dtype": str(run.dtype).removeprefix("torch."),
-            "weights": {**run.weights.origin, "name": names["weights"],
-                        "files": run.weights.hashes},
-            "data": {**run.files.origin, "name": names["data"], "files": hashes},
-            "val_files": list(run.val_files.hashes.values()) if run.val_files else [],
             "examples": len(run.train_set), "held_out": len(run.val_set),
-            "longest": run.train_set.longest, "notes": notes, "steps": run.total_steps,
-            "micro_batch_tokens": run.max_tokens, "compiled": run.compiled,
-            "versions": {"python": platform.python_version(), **versions},
+            "longest": run.train_set.longest, "steps": run.total_steps, "compiled": run.compiled,
+            "micro_batch_tokens": run.max_tokens, "processes": run.processes.size,
+            "device": name_of(run.model.device),
             "machine": f"{platform.system()} {platform.machine()}",
-            "device": name_of(run.model.device), "processes": run.processes.size,
-            "finished": False}
+            "versions": {"python": platform.python_version(), **versions}, "finished": False}
 
 
 def public_name(found):
@@ -74,8 +69,7 @@ def check_same(path, about, config: Recipe):
 
     def fixed(about):  # of files the hashes, of types the one that was computed in
         return {**{name: about["config"].get(name) for name in names}, "dtype": about["dtype"],
-                "weights": about["weights"]["files"], "data": about["data"]["files"],
-                "val_data": about["val_files"]}
+                **{kind: about[kind]["files"] for kind in ("weights", "data", "val_data")}}
     with report.contents_of(path):
         before = fixed(read_json(path))
     for name, value in fixed(about).items():
@@ -165,16 +159,12 @@ class RunFolder:
         (self.path / "lock.part").unlink()
 
     def what_is_safe(self):
-        if self.checkpoint.is_file():
-            return f"{self.checkpoint} is whole: --resume goes on from it."
-        return "No checkpoint was written yet."
+        return (f"{self.checkpoint} is whole: --resume goes on from it."
+                if self.checkpoint.is_file() else "No checkpoint was written yet.")
 
     @writing
     def save(self, model, optimizer, progress: Progress):
-        """Write all that a resumed run needs; UserError, and no change, if it is not finite.
-
-        The order of the examples follows from seed and step, and nothing else is random.
-        """
+        """Write what a resumed run needs, if it is finite; examples follow from seed and step."""
         if not self.keeps or progress.step == 0:
             return
         tensors = tensors_of(model, optimizer)
@@ -188,16 +178,15 @@ class RunFolder:
 
     @writing
     def restore(self, model, optimizer):
-        """The checkpoint into model and optimizer; returns its Progress, or Progress()."""
+        """The checkpoint, if there is one, into model and optimizer -> Progress."""
         progress = Progress()
         if self.checkpoint.is_file():
             with report.contents_of(self.checkpoint):
                 progress = load(self.checkpoint, tensors_of(model, optimizer))
-        # Drop the lines after those of its step: they will be written again.
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
-        before = b"".join(lines[:max(ends[:progress.step], default=0)])
-        replace_file(self.metrics, lambda path: path.write_bytes(before))
+        del lines[max(ends[:progress.step], default=0):]  # they will be written again
+        replace_file(self.metrics, lambda path: path.write_bytes(b"".join(lines)))
         return progress
 
 
@@ -207,9 +196,8 @@ def tensors_of(model, optimizer):
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
         zeros = torch.zeros_like(parameter)
-        state = optimizer.state[parameter]
         for key, start in (("step", zeros.sum()), ("exp_avg", zeros), ("exp_avg_sq", zeros)):
-            tensors[f"{key}.{name}"] = state.setdefault(key, start.clone())
+            tensors[f"{key}.{name}"] = optimizer.state[parameter].setdefault(key, start.clone())
     return tensors
 
 

@@ -40,12 +40,14 @@ class Trainer:
         if fast.enabled:
             memory.keep_freed()  # before the first tensor
         with self.processes.one_after_the_other():  # the first downloads and tokenises
-            self.files, self.weights = self.find_data(), hub.find_weights(config.weights)
-            self.model, self.tokenizer = assistant.load(self.weights.path, torch.float32, device)
-            self.saved_dtype = model_folder.stored_dtype(self.weights.path)
-            longest = 0 if fast.enabled else config.max_length
-            budget = tokens_per_forward(self.model, self.dtype, longest)
-            self.max_tokens = config.micro_batch_tokens or budget
+            val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
+            self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
+                            "val_data": val_data or hub.DataFiles([], {"name": ""})}
+            folder = self.sources["weights"].path
+            self.model, self.tokenizer = assistant.load(folder, torch.float32, device)
+            self.saved_dtype = model_folder.stored_dtype(folder)
+            self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
+                self.model, self.dtype, 0 if fast.enabled else config.max_length)
             self.train_set, self.val_set, self.notes = self.load_data()
         longest, context = self.train_set.longest, self.model.config.max_position_embeddings
         if longest > context:
@@ -64,24 +66,22 @@ class Trainer:
     def find_data(self):
         return hub.find_data(self.config.data)
 
-    def load_data(self, **kind):
-        """-> (train Examples, held-out Examples, remarks)."""
+    def load_data(self, pairs=False):
+        """-> train Examples, held-out Examples, remarks."""
         config = self.config
-        self.val_files = config.val_data and hub.find_data(config.val_data, of=config.data)
         return data.load_examples(
-            self.files, self.tokenizer, config.max_length, config.val_fraction, **kind,
+            self.sources["data"], self.tokenizer, config.max_length, config.val_fraction,
             skip_bad=config.skip_bad_records, max_examples=config.max_examples,
-            val_data=self.val_files)
+            val_data=config.val_data and self.sources["val_data"], pairs=pairs)
 
     def dry_run(self):
         """Say what the run would be, from the data and one ribbon; nothing is written."""
-        examples, num_tokens = self.train_set, self.train_set.lengths.sum()
+        examples, lengths, batch = self.train_set, self.train_set.lengths, self.batches(0)[0]
         num_targets = sum(int(is_target.sum()) for _, is_target in examples)
-        say(f"an example has {num_tokens / len(examples):.0f} tokens (mean), at most "
-            f"{examples.longest}; {num_targets / num_tokens:.0%} of the tokens are targets",
+        say(f"an example has {lengths.mean():.0f} tokens (mean), at most {examples.longest}; "
+            f"{num_targets / lengths.sum():.0%} of the tokens are targets",
             f"the first example, {examples.source(0)}:")
         print(coloured(*examples[0], self.tokenizer, colour=sys.stdout.isatty()))
-        batch = self.batches(0)[0]
         for _ in range(2):  # the first time is slower
             started = time.perf_counter()
             loss = self.loss_sum(self.model, batch, self.dtype)
@@ -92,9 +92,8 @@ class Trainer:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         memory = (peak_memory(self.model.device) + 8 * num_parameters) / 1e9  # AdamW's moments
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
-            f"{hours:.1f} h, {memory:.1f} GB of memory, {28 * num_parameters / 1e9:.1f} GB of "
-            f"disk. {self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. Nothing was "
-            "written.")
+            f"{hours:.1f} h, {memory:.1f} GB of memory, {28e-9 * num_parameters:.1f} GB of disk. "
+            f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. Nothing was written.")
 
     def steps(self):
         """Yield the number of each step to do, from 0; evaluate in between."""
@@ -115,8 +114,8 @@ class Trainer:
     def _open(self):
         """Begin the run's folder, or go on from its checkpoint."""
         about = describe(self)
-        self.processes.check_same("data", about["data"]["files"])
-        self.processes.check_same("weights", about["weights"]["files"])
+        for kind in self.sources:
+            self.processes.check_same(kind, about[kind]["files"])
         self.folder.open(about, self.config.resume)
         if self.config.resume:  # the first process reads; the others may not share its disk
             progress = self.folder.restore(self.model, self.optimizer)
@@ -153,15 +152,11 @@ class Trainer:
         return [self.batch_type.of(examples, split, self.model.device) for split in splits]
 
     def check(self, loss, grad_norm):
-        """Save the weights now and then: they are sound if loss and gradient are finite.
-
-        UserError if not, with the examples of the step. Interrupted after a signal.
-        """
-        step = self.progress.step
+        """Save now and then, if all is finite; else UserError. Interrupted, after a signal."""
+        step, status = self.progress.step, self.processes.largest(self.stop.status)
         names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, f"the loss is {loss} and the gradient's length "
                                              f"{grad_norm}. Its examples: {names}")
-        status = self.processes.largest(self.stop.status)
         if status or step % self.config.save_every == 0:
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
@@ -177,8 +172,8 @@ class Trainer:
 
     def log_step(self, batches, **values):
         """Count the step: a line in metrics.jsonl, and the progress bar."""
-        progress, tokens = self.progress, sum(len(batch.tokens) for batch in batches)
-        seconds = time.perf_counter() - self.started
+        progress, seconds = self.progress, time.perf_counter() - self.started
+        tokens = sum(len(batch.tokens) for batch in batches)
         speed = round(tokens / seconds, 1)
         progress.step += 1
         progress.tokens += tokens

@@ -23,7 +23,7 @@ from parrot.system.console import UserError
 from parrot.system.distributed import Processes
 from parrot.training import make_optimizer
 
-ABOUT = {"data": {"files": {}}, "val_files": [], "weights": {"files": {}}, "config": asdict(TrainConfig()),
+ABOUT = {"data": {"files": {}}, "val_data": {"files": {}}, "weights": {"files": {}}, "config": asdict(TrainConfig()),
          "dtype": "float32"}
 
 
@@ -290,20 +290,21 @@ def test_a_run_json_of_something_else_is_named(about, tmp_path):
     (tmp_path / "run.json").write_text(about)
     with pytest.raises(UserError, match="run.json"):
         folder_at(tmp_path).begin(resume=True)
-        check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_files": [], "weights": {"files": {}},
+        check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_data": {"files": {}}, "weights": {"files": {}},
                                            "config": asdict(TrainConfig()), "dtype": "float32"}, TrainConfig())
 
 
 @pytest.fixture
 def about(tiny_folder, records_file):
     """A function: settings and type -> what run.json says of a run with them."""
-    def about(dtype=torch.float32, weights=tiny_folder, more="", val_files=None, **changes):
+    def about(dtype=torch.float32, weights=tiny_folder, more="", val_data=None, **changes):
         data = records_file([{"prompt": "a", "completion": f"b{more}"}])
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
         examples = Examples.of([([1, 2, 3], [0, 0, 1])])
         return describe(SimpleNamespace(
-            config=config, weights=Found(weights, {"name": str(weights), "from": "a folder"}),
-            files=DataFiles([data], {"name": str(data), "from": "a file"}), val_files=val_files and find_data(val_files),
+            config=config, sources={"weights": Found(weights, {"name": str(weights), "from": "a folder"}),
+                                    "data": DataFiles([data], {"name": str(data), "from": "a file"}),
+                                    "val_data": find_data(val_data) if val_data else DataFiles([], {"name": ""})},
             notes=[f"1 bad: {data}:3: not JSON"], dtype=dtype, objective="", train_set=examples, val_set=examples,
             total_steps=3, max_tokens=9, compiled=False, model=tiny_model(), processes=Processes()))
     return about
@@ -331,7 +332,7 @@ def test_resuming_compares_what_was_computed(about, tmp_path):
     with pytest.raises(UserError, match="--epochs was 3 and is now 4"):
         check_same(path, about(epochs=4), TrainConfig())
     with pytest.raises(UserError, match="--val-data was"):
-        check_same(path, about(val_files="quickstart"), TrainConfig())
+        check_same(path, about(val_data="quickstart"), TrainConfig())
     with pytest.raises(UserError, match="--data was"):
         check_same(path, about(more="c"), TrainConfig())
 
