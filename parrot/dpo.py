@@ -39,7 +39,7 @@ from parrot.run.trainer import Trainer
 from parrot.sampling import replies
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program
-from parrot.system.device import pick, send
+from parrot.system.device import pick_device, send
 from parrot.training import held_out_batches, token_losses
 from train import train
 
@@ -104,25 +104,21 @@ def preference_margins(model, batch: PairBatch, dtype):
 def preference_measures(model, batch: PairBatch, dtype):
     """The loss, r(chosen) - r(rejected), and whether that is above 0, of each pair (3, P)."""
     rewards = batch.beta * (preference_margins(model, batch, dtype) - batch.reference)
-    return torch.stack([loss_of(rewards), rewards, (rewards > 0).float()])
+    return torch.stack([-F.logsigmoid(rewards), rewards, (rewards > 0).float()])
 
 
 def preference_loss(model, batch: PairBatch, dtype):
-    """The loss, summed over the pairs."""
-    return preference_measures(model, batch, dtype)[0].sum()
-
-
-def loss_of(rewards):
-    """r(chosen) - r(rejected) (P,) -> the loss (P,); its slope is how wrong the preference is.
+    """The loss, summed over the pairs. Its slope is how wrong each preference is:
 
     >>> rewards = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-    >>> loss_of(rewards).detach()
+    >>> losses = -F.logsigmoid(rewards)
+    >>> losses.detach()
     tensor([2.1269, 0.6931, 0.1269])
-    >>> loss_of(rewards).sum().backward()
+    >>> losses.sum().backward()
     >>> rewards.grad
     tensor([-0.8808, -0.5000, -0.1192])
     """
-    return -F.logsigmoid(rewards)
+    return preference_measures(model, batch, dtype)[0].sum()
 
 
 class PreferenceTrainer(Trainer):
@@ -148,10 +144,10 @@ class PreferenceTrainer(Trainer):
 def self_play(config: PreferenceConfig) -> hub.DataFiles:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
-    device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
-    assistant, files = Assistant.load("", weights.path, torch.float32, device, "chat"), []
+    device, files = pick_device(config.device), []
+    assistant = Assistant.load("", weights.path, torch.float32, device, "chat")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         some = conversations[start:start + AT_ONCE]

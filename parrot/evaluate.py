@@ -126,12 +126,12 @@ def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, 
     return zip(*written, strict=True)
 
 
-def prompts_and_references(assistant: Assistant, conversations, config: EvaluateConfig):
-    """Some held-out prompts as tokens, each with the reply in the data; the shortest first."""
+def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
+    """{kind of replies: {measure: value}} of the replies to some held-out prompts."""
     begun = [item.messages for item in conversations if item.messages[0]["role"] != "assistant"]
     chosen = random.Random(0).sample(begun, min(config.max_prompts, len(begun)))
     room = assistant.model.config.max_position_embeddings - config.max_new_tokens
-    pairs = []
+    pairs = []  # a prompt, and the reply in the data
     for messages in chosen:
         end = next(i for i, message in enumerate(messages)  # weight 0: no reference
                    if message["role"] == "assistant" and "weight" not in message)
@@ -140,14 +140,9 @@ def prompts_and_references(assistant: Assistant, conversations, config: Evaluate
             pairs.append((prompt, text_of(messages[end])))
     if left_out := len(chosen) - len(pairs):
         say(f"{left_out} prompts left out: no room for --max-new-tokens {config.max_new_tokens}")
-    return sorted(pairs, key=lambda pair: len(pair[0]))  # a batch has similar lengths
-
-
-def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
-    """{kind of replies: {measure: value}} of the replies to held-out prompts."""
-    pairs = prompts_and_references(assistant, conversations, config)
     if not pairs:
         return {}
+    pairs.sort(key=lambda pair: len(pair[0]))  # a batch has similar lengths
     prompts, references = zip(*pairs, strict=True)
     reference_tokens = list(map(assistant.tokenizer.encode, references))
     table = {"references": {"repeated 4-grams": share_repeated(reference_tokens)}}

@@ -122,12 +122,15 @@ class Trainer:
             tensors = tensors_of(self.model, self.optimizer).values()
             self.progress = self.processes.copy_first(progress, tensors)
         if self.progress.step == 0:
-            self._ask("before", Assistant.of("", self.model, self.tokenizer, "chat"))
+            self._ask("before")
 
-    def _ask(self, when, assistant):
+    def _ask(self, when):
         """Show the replies to the questions, in the terminal and in the report."""
         if self.processes.rank > 0:
             return
+        assistant = Assistant.of("", self.model, self.tokenizer, "chat")
+        if when == "after" and self.folder.keeps:  # what is kept is the best
+            assistant = Assistant.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
         prompts = [[{"role": "user", "content": question}] for question in questions]
         prompts += islice(data.short_questions(self.val_set, self.tokenizer), 3)
@@ -216,10 +219,7 @@ class Trainer:
         folder, progress, peak = self.folder, self.progress, peak_memory(self.model.device)
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        best = Assistant.of("", self.model, self.tokenizer, "chat")
-        if folder.keeps and folder.writes:
-            best = Assistant.load("", folder.path, torch.float32, self.model.device)
-        self._ask("after", best)
+        self._ask("after")
         folder.finish(peak_memory=peak)
         say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
             f"{peak / 1e9:.1f} GB at most")
