@@ -214,6 +214,8 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
     run(config(data=None, self_play=str(data), max_steps=2, out=c.out + "2"))
     assert sampled == [64, 6, 6]
     assert metrics(c.out) == metrics(c.out + "2")
+    about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
+    assert about["config"]["self_play"] == "dolly.jsonl"  # no folder of this machine
 
 
 def test_pairs_or_self_play_but_not_both(capsys):

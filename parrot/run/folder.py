@@ -40,22 +40,23 @@ class Progress:
 
 def describe(run):
     """What run.json says of a Trainer. It may be published: it names no folder of this machine."""
-    sources, names, notes = {}, {"out": Path(run.config.out).name}, run.notes
+    config, sources, notes = asdict(run.config), {}, run.notes
+    for option in {"out", "self_play"} & config.keys():
+        config[option] = Path(config[option] or "").name
     for kind, found in run.sources.items():
-        names[kind] = public_name(found)
+        config[kind] = public_name(found)
         hashes = {Path(path).name: sha256 for path, sha256 in found.hashes.items()}
-        sources[kind] = {**found.origin, "name": names[kind], "files": hashes}
+        sources[kind] = {**found.origin, "name": config[kind], "files": hashes}
         for path in found.hashes:
             notes = [note.replace(str(path), Path(path).name) for note in notes]
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    return {"config": {**asdict(run.config), **names}, **sources, "notes": notes,
-            "objective": run.objective, "dtype": str(run.dtype).removeprefix("torch."),
-            "examples": len(run.train_set), "held_out": len(run.val_set),
-            "longest": run.train_set.longest, "steps": run.total_steps, "compiled": run.compiled,
-            "micro_batch_tokens": run.max_tokens, "processes": run.processes.size,
-            "device": name_of(run.model.device),
+    return {"config": config, **sources, "notes": notes, "objective": run.objective,
+            "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,
+            "longest": run.train_set.longest, "dtype": str(run.dtype).removeprefix("torch."),
+            "versions": {"python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}",
-            "versions": {"python": platform.python_version(), **versions}, "finished": False}
+            "device": name_of(run.model.device), "processes": run.processes.size,
+            "micro_batch_tokens": run.max_tokens, "compiled": run.compiled, "finished": False}
 
 
 def public_name(found):
@@ -211,10 +212,9 @@ def load(path, tensors):
         if not isinstance(value, field.type) or not math.isfinite(value or 0):
             raise ValueError(f"{field.name} is {value!r}")
     for name in tensors.keys() | saved.keys():
-        if (saved[name].shape, saved[name].dtype) != (tensors[name].shape, tensors[name].dtype):
-            raise ValueError(f"{name} has another shape or type")
-        if name.startswith("step.") and saved[name] != progress.step:
-            raise ValueError(f"{name} is of another step")
+        fits = (saved[name].shape, saved[name].dtype) == (tensors[name].shape, tensors[name].dtype)
+        if not fits or (name.startswith("step.") and saved[name] != progress.step):
+            raise ValueError(f"{name} is of another model or another step")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress

@@ -4,7 +4,6 @@ import json
 import math
 from contextlib import contextmanager
 from html import escape
-from itertools import chain
 from pathlib import Path
 from string import Template
 
@@ -88,10 +87,9 @@ def html_rows(table):
 
 
 def markdown_table(table):
-    lines = [f"| {' | '.join(map(markdown, row))} |" for row in table]
-    if table:
-        lines.insert(1, "|---" * len(table[0]) + "|")  # below the head
-    return "\n".join(lines)
+    rows = [f"| {' | '.join(map(markdown, row))} |" for row in table]
+    rule = ["|---" * len(head) + "|" for head in table[:1]]
+    return "\n".join(rows[:1] + rule + rows[1:])
 
 
 def points(lines, key):
@@ -104,7 +102,7 @@ def chart(metrics, *keys):
     curves = [points(metrics, key) for key in keys]
     if not any(curves):
         return ""
-    steps, values = zip(*chain(*curves), strict=True)
+    steps, values = zip(*(point for curve in curves for point in curve), strict=True)
     left, right, low, high = min(steps), max(steps), min(values), max(values)
     parts = ['<path d="M60 20V195H490"/>']
     for curve in curves:

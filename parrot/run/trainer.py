@@ -96,9 +96,18 @@ class Trainer:
             f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. Nothing was written.")
 
     def steps(self):
-        """Yield the number of each step to do, from 0; evaluate in between."""
-        self._open()
+        """Open the folder, yield the number of each step to do, from 0, and evaluate in between."""
+        about = describe(self)
+        for kind in self.sources:
+            self.processes.check_same(kind, about[kind]["files"])
+        self.folder.open(about, self.config.resume)
+        if self.config.resume:  # the first process reads; the others may not share its disk
+            progress = self.folder.restore(self.model, self.optimizer)
+            tensors = tensors_of(self.model, self.optimizer).values()
+            self.progress = self.processes.copy_first(progress, tensors)
         progress = self.progress
+        if progress.step == 0:
+            self._ask("before")
         self.bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", desc="training",
                         disable=self.processes.rank > 0)
         with StopSignal() as self.stop, self.bar:
@@ -110,19 +119,6 @@ class Trainer:
                 if fast.enabled:
                     memory.give_back()
             self._evaluate()
-
-    def _open(self):
-        """Begin the run's folder, or go on from its checkpoint."""
-        about = describe(self)
-        for kind in self.sources:
-            self.processes.check_same(kind, about[kind]["files"])
-        self.folder.open(about, self.config.resume)
-        if self.config.resume:  # the first process reads; the others may not share its disk
-            progress = self.folder.restore(self.model, self.optimizer)
-            tensors = tensors_of(self.model, self.optimizer).values()
-            self.progress = self.processes.copy_first(progress, tensors)
-        if self.progress.step == 0:
-            self._ask("before")
 
     def _ask(self, when):
         """Show the replies to the questions, in the terminal and in the report."""
