@@ -103,10 +103,10 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     if left_out := len(conversations) - len(pairs):
         say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
     counts, sums = np.array([sum(is_target) for _, is_target in pairs]), np.zeros(len(pairs))
-    budget = tokens_per_forward(model, model.dtype)
-    for i, batch in held_out_batches(Examples.of(pairs), budget, model.device, "held-out loss"):
+    examples, budget = Examples.of(pairs), tokens_per_forward(model, model.dtype)
+    for indices, batch in held_out_batches(examples, budget, model.device, "held-out loss"):
         losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
-        sums[i] = [part.sum().item() for part in losses.split(counts[i].tolist())]
+        sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     table = {}
     for name in sorted({TOTAL, *categories}):
         rows = [i for i, category in enumerate(categories) if name in (TOTAL, category)]
@@ -189,6 +189,7 @@ def as_text(rows):
 
 
 def main():
+    """The command: a table, or JSON, on stdout, and in the report of each finished run."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
