@@ -85,9 +85,8 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
         sums += measure(model, batch, dtype).sum(-1).cpu()
         num_terms += batch.num_terms
     *sums, num_terms, stopped = processes.sum(*sums.tolist(), num_terms, bool(should_stop()))
-    if stopped:
-        return None
-    return {name: total / num_terms for name, total in zip(names, sums, strict=True)}
+    means = (total / num_terms for total in sums)
+    return None if stopped else dict(zip(names, means, strict=True))
 
 
 def make_optimizer(model: Llama, config: TrainConfig):
