@@ -22,7 +22,7 @@ from parrot.training import learning_rate, loss_sum
 def train(config: TrainConfig, trainer=Trainer, loss_sum=loss_sum):
     """Train as `config` says and leave the best model in its folder. UserError, Interrupted."""
     fast.enabled = not config.plain
-    run = trainer(config, loss_sum)  # loads the model and the data, opens the run's folder
+    run = trainer(config, loss_sum)  # loads the model and the data
     if config.dry_run:
         return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes

@@ -3,18 +3,16 @@ r"""Preferences: of two replies, make the chosen one more probable than the reje
     python -m parrot.dpo --weights out/littleparrot --data PAIRS      prompt, chosen, rejected
     python -m parrot.dpo --weights out/littleparrot --self-play DATA  rejected: the model's own
 
-Direct Preference Optimization (arXiv:2305.18290). A judge who gives a reply y the reward r(y)
+Direct Preference Optimization (arXiv:2305.18290): a judge who gives a reply y the reward r(y)
 prefers y to z with probability sigmoid(r(y) - r(z)). The best policy p for that reward, at a price
 of beta for each nat that it moves away from a reference q, is p(y) ~ q(y) exp(r(y) / beta). Solved
-for r, up to a term that y and z share:
+for r, up to a term that y and z share, with log p a sum over the tokens of the reply:
 
     r(y) = beta (log p(y) - log q(y))
 
-So the reward needs no model of its own: the loss is -log sigmoid(r(chosen) - r(rejected)), with the
-starting weights as q. log p of a reply is a sum over its tokens. With a small beta, log p has to
-move far from the reference before the loss is small.
-
-The loop is that of train.py; the self-play is SPIN (arXiv:2401.01335).
+So no model of the reward is needed: the loss is -log sigmoid(r(chosen) - r(rejected)), and q are
+the starting weights. The smaller beta, the farther log p must move until the loss is small. The
+self-play is SPIN (arXiv:2401.01335).
 """
 
 import hashlib
@@ -32,18 +30,17 @@ from tqdm import tqdm
 from parrot.assistant import Assistant
 from parrot.chat import text_of
 from parrot.config import DATA, WEIGHTS, Recipe
-from parrot.data import Batch, micro_batches
+from parrot.data import Batch
 from parrot.files import hub
 from parrot.files.cache import kept
 from parrot.files.examples import Examples
-from parrot.files.hub import DataFiles
 from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
 from parrot.sampling import replies
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program
-from parrot.system.device import pick, send
-from parrot.training import token_losses
+from parrot.system.device import pick_device, send
+from parrot.training import held_out_batches, token_losses
 from train import train
 
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
@@ -69,17 +66,17 @@ class PreferenceConfig(Recipe):
 class Pairs(Examples):
     """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one: a pair."""
 
-    def __init__(self, examples: Examples):
+    def __init__(self, examples: Examples, beta):
         index = examples.index[::2].copy()
         index[:, 2] += examples.lengths[1::2]
         super().__init__(examples.parts, index)
-        self.examples, self.longest = examples, examples.longest
+        self.examples, self.longest, self.beta = examples, examples.longest, beta
         self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
 
 
 @dataclass
 class PairBatch(Batch):
-    """Pairs on a ribbon, both replies of each as documents of their own."""
+    """P pairs on a ribbon, both replies of each as documents of their own."""
     counts: list[int]  # the targets of each document
     reference: torch.Tensor  # (P,)
     beta: float
@@ -87,6 +84,14 @@ class PairBatch(Batch):
     @property
     def num_terms(self):
         return len(self.reference)
+
+    @classmethod
+    def of(cls, pairs: Pairs, indices, device="cpu"):
+        rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
+        counts = [int(pairs.examples[row][1].sum()) for row in rows]
+        reference = send(torch.from_numpy(pairs.reference[indices]), device)
+        return cls(**vars(Batch.of(pairs.examples, rows, device)), counts=counts,
+                   reference=reference, beta=pairs.beta)
 
 
 def preference_margins(model, batch: PairBatch, dtype):
@@ -96,87 +101,61 @@ def preference_margins(model, batch: PairBatch, dtype):
     return sums[1::2] - sums[0::2]
 
 
-def preference_loss(model, batch: PairBatch, dtype):
-    """The loss, summed over the pairs."""
+def preference_measures(model, batch: PairBatch, dtype):
+    """The loss, r(chosen) - r(rejected), and whether that is above 0, of each pair (3, P)."""
     rewards = batch.beta * (preference_margins(model, batch, dtype) - batch.reference)
-    return loss_of(rewards).sum()
+    return torch.stack([-F.logsigmoid(rewards), rewards, (rewards > 0).float()])
 
 
-def loss_of(rewards):
-    """r(chosen) - r(rejected) (P,) -> the loss (P,); its slope is how wrong the preference is.
+def preference_loss(model, batch: PairBatch, dtype):
+    """The loss, summed over the pairs. Its slope is how wrong each preference is:
 
     >>> rewards = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-    >>> loss_of(rewards).detach()
+    >>> losses = -F.logsigmoid(rewards)
+    >>> losses.detach()
     tensor([2.1269, 0.6931, 0.1269])
-    >>> loss_of(rewards).sum().backward()
+    >>> losses.sum().backward()
     >>> rewards.grad
     tensor([-0.8808, -0.5000, -0.1192])
     """
-    return -F.logsigmoid(rewards)
+    return preference_measures(model, batch, dtype)[0].sum()
 
 
 class PreferenceTrainer(Trainer):
-    """A Trainer of pairs, whose reference is the model as it was loaded."""
     objective = "Direct Preference Optimization (arXiv:2305.18290) against the starting weights"
+    batch_type, measure = PairBatch, staticmethod(preference_measures)
+    measures = ("val_loss", "val_margin", "val_accuracy")  # the margin of the rewards
 
     def find_data(self):
         return super().find_data() if self.config.data else self_play(self.config)
 
     @torch.no_grad()
-    def load_data(self, data: DataFiles):
-        *sets, notes = super().load_data(data, pairs=True)
-        sets = [Pairs(examples) for examples in sets]
+    def load_data(self):
+        *sets, notes = super().load_data(pairs=True)
+        sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:  # the model is still the reference, in a resumed run, too
-            for indices, batch in self._batches(pairs, "reference"):
+            for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
+                                                   "reference", batch_type=PairBatch):
                 margins = preference_margins(self.model, batch, self.dtype)
                 pairs.reference[indices] = margins.cpu().numpy()
         return *sets, notes
 
-    def batch_of(self, pairs: Pairs, indices):
-        both = [row for i in indices for row in (2 * i, 2 * i + 1)]
-        counts = [int(pairs.examples[row][1].sum()) for row in both]
-        batch, device = Batch.of(pairs.examples, both, self.model.device), self.model.device
-        reference = send(torch.from_numpy(pairs.reference[indices]), device)
-        return PairBatch(**vars(batch), counts=counts, reference=reference, beta=self.config.beta)
 
-    def _batches(self, pairs, title, share=list):
-        """Yield (indices, batch) of all pairs, or of the share of this process."""
-        splits = share(micro_batches(range(len(pairs)), pairs.lengths, None, self.max_tokens))
-        for indices in tqdm(splits, desc=title, leave=False, disable=self.processes.rank > 0):
-            yield indices, self.batch_of(pairs, indices)
-
-    @torch.no_grad()
-    def held_out(self, should_stop):
-        """{"val_loss", "val_margin" (of rewards), "val_accuracy"} of the held-out pairs."""
-        pairs, sums = self.val_set, torch.zeros(3, dtype=torch.float64)
-        for _, batch in self._batches(pairs, "evaluating", self.processes.share):
-            if should_stop():
-                break
-            margins = preference_margins(self.model, batch, self.dtype)
-            rewards = batch.beta * (margins - batch.reference)
-            terms = torch.stack([loss_of(rewards), rewards, (rewards > 0).float()])  # (3, P)
-            sums += terms.sum(dim=1).cpu()
-        if self.processes.largest(bool(should_stop())):
-            return None
-        loss, margin, accuracy = self.processes.sum(*sums.tolist())
-        return {"val_loss": loss / len(pairs), "val_margin": margin / len(pairs),
-                "val_accuracy": accuracy / len(pairs)}
-
-
-def self_play(config: PreferenceConfig) -> DataFiles:
+def self_play(config: PreferenceConfig) -> hub.DataFiles:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
-    device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
-    assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")
-    recipe = [list(data.hashes.values()), weights.hashes, config.seed, config.max_examples]
-    key, files = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16], []
+    device, files = pick_device(config.device), []
+    assistant = Assistant.load("", weights.path, torch.float32, device, "chat")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
-        name, some = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
-        make = partial(write_pairs, name, some, assistant, config.seed + start)
-        files.append(kept(f"self-play/{key}-{start}", make) / name)
-    return DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
+        name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
+        some = conversations[start:start + AT_ONCE]
+        recipe = json.dumps([name, seed, some, weights.hashes])
+        key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+        make = partial(write_pairs, name, some, assistant, seed)
+        files.append(kept(f"self-play/{key}", make) / name)
+    return hub.DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
 
 
 def write_pairs(name, conversations, assistant: Assistant, seed, folder):

@@ -1,12 +1,10 @@
-"""How good is it? Several models on the same questions, side by side.
+"""How good is it? Several models on the same questions, side by side, each in the chat format.
 
     python -m parrot.evaluate instruct-q4 out/littleparrot
 
     held-out loss   nats per token, on replies that were not trained on, for each category
     replies         to held-out prompts: do they end, their length, repetitions, ROUGE-L
     facts           short questions with known answers (questions.jsonl)
-
-Every model is asked in the chat format, a base model too.
 """
 
 import json
@@ -24,7 +22,7 @@ from parrot import fast
 from parrot.assistant import Assistant
 from parrot.chat import encode_chat, text_of, with_system
 from parrot.config import EvaluateConfig
-from parrot.data import Batch, is_held_out, micro_batches, prompt_hash
+from parrot.data import is_held_out, prompt_hash
 from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
@@ -35,7 +33,7 @@ from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
 from parrot.system.device import pick, tokens_per_forward
 from parrot.system.disk import write_json
-from parrot.training import token_losses
+from parrot.training import held_out_batches, token_losses
 
 FACTS = Path(__file__).with_name("questions.jsonl")
 TOTAL = ""  # the name of all categories together: no category has it
@@ -91,23 +89,9 @@ def mean_and_error(losses, counts):
 
 
 @torch.no_grad()
-def losses_of(assistant: Assistant, examples: Examples):
-    """The loss of each example, summed over its targets (n,), and their numbers (n,)."""
-    model, sums = assistant.model, np.zeros(len(examples))
-    counts = np.array([is_target.sum() for _, is_target in examples])
-    max_tokens = tokens_per_forward(model, model.dtype)
-    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
-    for indices in tqdm(splits, f"{assistant.name}: held-out loss", leave=False):
-        batch = Batch.of(examples, indices, model.device)
-        losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
-        parts = losses.split(counts[indices].tolist())
-        sums[indices] = [part.sum().item() for part in parts]
-    return sums, counts
-
-
 def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     """{category: [mean, standard error, number of examples]}; TOTAL: of all examples."""
-    pairs, categories = [], []
+    pairs, categories, model = [], [], assistant.model
     for conversation in conversations:
         messages = with_system(conversation.messages, assistant.system)
         tokens, is_target = encode_chat(messages, assistant.tokenizer)
@@ -118,31 +102,36 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
         raise UserError(f"no held-out example fits --max-length {config.max_length}")
     if left_out := len(conversations) - len(pairs):
         say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
-    losses, counts = losses_of(assistant, Examples.of(pairs))
+    counts, sums = np.array([sum(is_target) for _, is_target in pairs]), np.zeros(len(pairs))
+    examples, budget = Examples.of(pairs), tokens_per_forward(model, model.dtype)
+    for indices, batch in held_out_batches(examples, budget, model.device, "held-out loss"):
+        losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
+        sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     table = {}
     for name in sorted({TOTAL, *categories}):
         rows = [i for i, category in enumerate(categories) if name in (TOTAL, category)]
-        table[name] = [*mean_and_error(losses[rows], counts[rows]), len(rows)]
+        table[name] = [*mean_and_error(sums[rows], counts[rows]), len(rows)]
     return table
 
 
-def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, **settings):
+def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, temperature=0,
+                  max_new_tokens=48):
     """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
-    written = []
-    starts = range(0, len(prompts), config.batch_size)
-    for start in tqdm(starts, f"{assistant.name}: {title}", leave=False):
-        batch = prompts[start:start + config.batch_size]
-        written += replies(assistant.model, batch, assistant.stop,
-                           repetition_penalty=config.repetition_penalty, **settings)
+    written, generator = [], torch.Generator().manual_seed(config.seed)
+    for start in tqdm(range(0, len(prompts), config.batch_size), title, leave=False):
+        written += replies(
+            assistant.model, prompts[start:start + config.batch_size], assistant.stop,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty, generator=generator)
     return zip(*written, strict=True)
 
 
-def prompts_and_references(assistant: Assistant, conversations, config: EvaluateConfig):
-    """Some held-out prompts as tokens, each with the reply in the data; the shortest first."""
+def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
+    """{kind of replies: {measure: value}} of the replies to some held-out prompts."""
     begun = [item.messages for item in conversations if item.messages[0]["role"] != "assistant"]
     chosen = random.Random(0).sample(begun, min(config.max_prompts, len(begun)))
     room = assistant.model.config.max_position_embeddings - config.max_new_tokens
-    pairs = []
+    pairs = []  # a prompt, and the reply in the data
     for messages in chosen:
         end = next(i for i, message in enumerate(messages)  # weight 0: no reference
                    if message["role"] == "assistant" and "weight" not in message)
@@ -151,24 +140,16 @@ def prompts_and_references(assistant: Assistant, conversations, config: Evaluate
             pairs.append((prompt, text_of(messages[end])))
     if left_out := len(chosen) - len(pairs):
         say(f"{left_out} prompts left out: no room for --max-new-tokens {config.max_new_tokens}")
-    return sorted(pairs, key=lambda pair: len(pair[0]))  # a batch has similar lengths
-
-
-def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
-    """{kind of replies: {measure: value}} of the replies to held-out prompts."""
-    pairs = prompts_and_references(assistant, conversations, config)
     if not pairs:
         return {}
+    pairs.sort(key=lambda pair: len(pair[0]))  # a batch has similar lengths
     prompts, references = zip(*pairs, strict=True)
-    reference_tokens = [assistant.tokenizer.encode(reference) for reference in references]
+    reference_tokens = list(map(assistant.tokenizer.encode, references))
     table = {"references": {"repeated 4-grams": share_repeated(reference_tokens)}}
     for kind, temperature in (("greedy", 0), ("sampled", config.temperature)):
-        tokens, ended = write_replies(
-            assistant, prompts, config, kind, temperature=temperature, top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            generator=torch.Generator().manual_seed(config.seed))
-        scores = [rouge_l(assistant.tokenizer.decode(reply), reference)
-                  for reply, reference in zip(tokens, references, strict=True)]
+        tokens, ended = write_replies(assistant, prompts, config, kind, temperature,
+                                      config.max_new_tokens)
+        scores = map(rouge_l, map(assistant.tokenizer.decode, tokens), references)
         table[kind] = {
             "prompts": len(prompts), "ended by themselves": sum(ended) / len(prompts),
             "length / reference": sum(map(len, tokens)) / sum(map(len, reference_tokens)),
@@ -179,39 +160,36 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
 def facts_table(assistant: Assistant, config: EvaluateConfig):
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
-    tokens, _ = write_replies(assistant, prompts, config, "facts", max_new_tokens=48,
-                              temperature=0, top_p=1)
+    tokens, _ = write_replies(assistant, prompts, config, "facts")
     right = [is_right(assistant.tokenizer.decode(reply), fact["accepted"])
              for reply, fact in zip(tokens, facts, strict=True)]
     return {"right": sum(right), "of": len(right)}
 
 
-def column_of(result):
-    """The results of a model as {title of the row: text}."""
-    column = {"": result["model"], "data": result["data"],
-              "held-out examples": str(result["loss"][TOTAL][2])}
-    for name, (mean, error, _) in result["loss"].items():
-        title = f"held-out loss, {name}" if name else "held-out loss"
-        column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
-    for kind, values in result["replies"].items():
-        column |= {f"{kind}, {name}": f"{value:.4g}" for name, value in values.items()}
-    return {**column, "facts": f"{result['facts']['right']} of {result['facts']['of']}"}
-
-
 def rows_of(results):
     """A column for each model; "" where a model has no example of a category."""
-    columns = [column_of(result) for result in results]
+    columns = []
+    for result in results:
+        column = {"": result["model"], "data": result["data"],
+                  "held-out examples": str(result["loss"][TOTAL][2])}
+        for name, (mean, error, _) in result["loss"].items():
+            title = f"held-out loss, {name}" if name else "held-out loss"
+            column[title] = f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+        for kind, values in result["replies"].items():
+            column |= {f"{kind}, {name}": f"{value:.4g}" for name, value in values.items()}
+        columns.append({**column, "facts": "{right} of {of}".format(**result["facts"])})
     titles = dict.fromkeys(title for column in columns for title in column)
     return [[title, *(column.get(title, "") for column in columns)] for title in titles]
 
 
-def as_table(rows):
+def as_text(rows):
     rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main():
+    """The command: a table, or JSON, on stdout, and in the report of each finished run."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
@@ -231,7 +209,7 @@ def main():
                         "replies": reply_table(assistant, conversations, config),
                         "facts": facts_table(assistant, config)})
     rows = rows_of(results)
-    print(json.dumps(results, indent=2) if config.json else as_table(rows))
+    print(json.dumps(results, indent=2) if config.json else as_text(rows))
     rows[0] = ["", *map(public_name, models.values())]
     for folder in finished:  # the report shows it, too
         write_json(folder / "evaluation.json", {"table": rows})

@@ -14,7 +14,7 @@ from parrot.data import Batch, Examples, micro_batches
 from parrot.fast.head import head_loss
 from parrot.model import Llama
 from parrot.system.device import autocast
-from parrot.system.distributed import Processes
+from parrot.system.distributed import Processes, torchrun_place
 
 
 def hidden_states_of_targets(model: Llama, batch: Batch, dtype):
@@ -62,22 +62,31 @@ def loss_sum(model: Llama, batch: Batch, dtype):
     return token_losses(model, batch, dtype).sum()
 
 
+def held_out_batches(examples: Examples, max_tokens, device, title, share=list, batch_type=Batch):
+    """Yield (indices, batch) of all examples, or of the share of one process."""
+    splits = share(micro_batches(range(len(examples)), examples.lengths, None, max_tokens))
+    for indices in tqdm(splits, title, leave=False, disable=torchrun_place()[0] > 0):
+        yield indices, batch_type.of(examples, indices, device)
+
+
 @torch.no_grad()
-def held_out_loss(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
-                  should_stop=lambda: False):
-    """Mean loss over all targets, in nats per token; None where `should_stop()` turned true."""
-    total, num_targets, stopped = 0.0, 0, 0
-    splits = micro_batches(range(len(examples)), examples.lengths, None, max_tokens)
-    for indices in tqdm(processes.share(splits), desc="evaluating", leave=False,
-                        disable=processes.rank > 0):
+def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
+                   should_stop=lambda: False, batch_type=Batch, measure=token_losses,
+                   names=("val_loss",)):
+    """{"val_loss": mean over all targets, in nats}; None where `should_stop()` turned true.
+
+    parrot.dpo has other batches, and a `measure` with a row for each of its names.
+    """
+    sums, num_terms = torch.zeros(len(names), dtype=torch.float64), 0
+    for _, batch in held_out_batches(examples, max_tokens, model.device, "evaluating",
+                                     processes.share, batch_type):
         if should_stop():
-            stopped = 1
             break
-        batch = Batch.of(examples, indices, model.device)
-        total += token_losses(model, batch, dtype).sum().item()
-        num_targets += len(batch.targets)
-    total, num_targets, stopped = processes.sum(total, num_targets, stopped)
-    return None if stopped else total / num_targets
+        sums += measure(model, batch, dtype).sum(-1).cpu()
+        num_terms += batch.num_terms
+    *sums, num_terms, stopped = processes.sum(*sums.tolist(), num_terms, bool(should_stop()))
+    means = (total / num_terms for total in sums)
+    return None if stopped else dict(zip(names, means, strict=True))
 
 
 def make_optimizer(model: Llama, config: TrainConfig):

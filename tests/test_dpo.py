@@ -84,12 +84,10 @@ def test_loss_and_gradient_are_those_of_the_formula(both_ways, tiny_folder, tiny
         expected = expected - F.logsigmoid(0.1 * (margin - before))
     expected.backward()
 
-    data = Pairs(Examples.of(encoded))
+    data = Pairs(Examples.of(encoded), beta=0.1)
     loss = 0.0
     for indices in ([0, 1, 2], [3, 4]):
-        rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
-        counts = [int(data.examples[row][1].sum()) for row in rows]
-        batch = PairBatch(**vars(dpo.Batch.of(data.examples, rows)), counts=counts, reference=torch.zeros(len(indices)), beta=0.1)
+        batch = PairBatch.of(data, indices)
         with torch.no_grad():
             batch.reference = preference_margins(reference, batch, torch.float32)
         part = preference_loss(policy, batch, torch.float32)
@@ -216,6 +214,8 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
     run(config(data=None, self_play=str(data), max_steps=2, out=c.out + "2"))
     assert sampled == [64, 6, 6]
     assert metrics(c.out) == metrics(c.out + "2")
+    about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
+    assert about["config"]["self_play"] == "dolly.jsonl"  # no folder of this machine
 
 
 def test_pairs_or_self_play_but_not_both(capsys):

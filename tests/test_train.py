@@ -24,7 +24,7 @@ from parrot.data import examples_of_step, load_examples
 from parrot.files.hub import find_data
 from parrot.system.console import Interrupted, UserError
 from parrot.system.distributed import Processes
-from parrot.training import held_out_loss, learning_rate
+from parrot.training import held_out_means, learning_rate
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_the_best_by_held_out_loss_stays(config, monkeypatch):
     assert about["best_loss"] == best[0] < losses[max(losses)] and 0 < best[1] < max(losses)
     model, tokenizer = assistant.load(c.out)
     _, held_out, _ = load_examples(find_data(c.data), tokenizer, c.max_length, c.val_fraction)
-    assert held_out_loss(model, held_out, 4096, torch.float32, Processes()) == pytest.approx(best[0], rel=1e-6)
+    assert held_out_means(model, held_out, 4096, torch.float32, Processes()) == pytest.approx({"val_loss": best[0]}, rel=1e-6)
 
 
 def test_without_bfloat16_units_all_is_float32(config, monkeypatch):
@@ -193,9 +193,9 @@ def test_resume_checks_what_must_match_and_allows_what_may_differ(config, tmp_pa
     monkeypatch.undo()
     for changes, words in [({"learning_rate": 2e-2}, "--learning-rate was 0.01 and is now 0.02"),
                            ({"seed": 1}, "--seed was 0"), ({"epochs": 3}, "--epochs was 2 and is now 3"),
-                           ({"weights": str(tmp_path / "other")}, "the weights' sha256"),
-                           ({"weights": str(eps)}, "the weights' sha256"),
-                           ({"data": str(records_file(some_records(41), "more.jsonl"))}, "the data's sha256")]:
+                           ({"weights": str(tmp_path / "other")}, "--weights was"),
+                           ({"weights": str(eps)}, "--weights was"),
+                           ({"data": str(records_file(some_records(41), "more.jsonl"))}, "--data was")]:
         with pytest.raises(UserError, match=words):
             train.train(config(resume=True, **changes))
     train.train(config(resume=True, micro_batch_size=2, save_every=1))
@@ -220,7 +220,7 @@ def interrupt_after(monkeypatch, step):
 
 def test_interrupted_before_the_first_step(config, monkeypatch):
     """During the first evaluation there is nothing to save, and resuming starts from the beginning."""
-    monkeypatch.setattr("parrot.run.trainer.held_out_loss", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("parrot.run.trainer.held_out_means", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="after step 0"):
         train.train(config())
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from parrot.files.hub import find_data
 from parrot.model import Llama
 from parrot.system.device import multiplies_bfloat16
 from parrot.system.distributed import Processes
-from parrot.training import held_out_loss, learning_rate, loss_sum, make_optimizer
+from parrot.training import held_out_means, learning_rate, loss_sum, make_optimizer
 
 
 def accumulate(model, batches, dtype=torch.float32):
@@ -142,11 +142,11 @@ def test_held_out_loss_is_the_mean_over_tokens_however_it_is_split(both_ways, ex
     with torch.no_grad():
         mean = reference_loss(reference, examples, range(64)).item()
     for max_tokens in (1, 300, 10**6):
-        assert held_out_loss(model, examples, max_tokens, torch.float32, Processes()) == pytest.approx(mean, rel=1e-5)
+        assert held_out_means(model, examples, max_tokens, torch.float32, Processes()) == pytest.approx({"val_loss": mean}, rel=1e-5)
 
 
 def test_held_out_loss_stops_when_asked(examples, tiny_folder):
-    assert held_out_loss(Llama.load(tiny_folder), examples, 100, torch.float32, Processes(), lambda: True) is None
+    assert held_out_means(Llama.load(tiny_folder), examples, 100, torch.float32, Processes(), lambda: True) is None
 
 
 def test_the_stop_token_is_learned(tiny_tokenizer, records_file):

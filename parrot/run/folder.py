@@ -1,12 +1,10 @@
-"""A run's folder: what was trained how, its metrics, its best model, and what --resume needs.
+"""A run's folder. A crash leaves each file as the old one or the new one, complete.
 
     model.safetensors, config.json, ...   the best model so far
     run.json        settings, versions, hashes, replies before and after training
     metrics.jsonl   a line for each step and each evaluation
-    report.html     all of it as a page; README.md: the model card
+    report.html, README.md   all of it as a page, and the model card
     checkpoint/     all that --resume needs, until the run is finished
-
-A file is replaced whole: after a crash at any moment, the old or the new one is there, complete.
 """
 
 import json
@@ -24,60 +22,62 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.config import Recipe
-from parrot.files.hub import DataFiles, Found
 from parrot.run import report
 from parrot.system.console import UserError, refuse
+from parrot.system.device import name_of
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
 @dataclass
 class Progress:
-    """How far a run is. `step` steps are done; the evaluation at `step` may still be due."""
-    step: int = 0
+    """How far a run is."""
+    step: int = 0  # steps that are done; the evaluation at this one may still be due
     tokens: int = 0  # of all examples so far
     seconds: float = 0.0  # of training and evaluating, over all sessions
     best_loss: float | None = None  # lowest held-out loss of a trained model
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
-    """What run.json says of a run. It may be published, so it names no folder of this machine."""
-    names = {"weights": public_name(weights), "data": public_name(data),
-             "val_data": config.val_data and Path(config.val_data).name}
+def describe(run):
+    """What run.json says of a Trainer. It may be published: it names no folder of this machine."""
+    config, sources, notes = asdict(run.config), {}, run.notes
+    for option in {"out", "self_play"} & config.keys():
+        config[option] = Path(config[option] or "").name
+    for kind, found in run.sources.items():
+        config[kind] = public_name(found)
+        hashes = {Path(path).name: sha256 for path, sha256 in found.hashes.items()}
+        sources[kind] = {**found.origin, "name": config[kind], "files": hashes}
+        for path in found.hashes:
+            notes = [note.replace(str(path), Path(path).name) for note in notes]
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
-    for path in data.files:
-        notes = [note.replace(str(path), path.name) for note in notes]
-    hashes = {path.name: sha256 for path, sha256 in data.hashes.items()}
-    return {"config": {**asdict(config), **names, "out": Path(config.out).name},
-            "dtype": str(dtype).removeprefix("torch."),
-            "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
-            "data": {**data.origin, "name": names["data"], "files": hashes},
+    return {"config": config, **sources, "notes": notes, "objective": run.objective,
+            "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,
+            "longest": run.train_set.longest, "dtype": str(run.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}",
-            "notes": notes, **more, "finished": False}
+            "device": name_of(run.model.device), "processes": run.processes.size,
+            "micro_batch_tokens": run.max_tokens, "compiled": run.compiled, "finished": False}
 
 
-def public_name(found: Found | DataFiles):
-    """The name of weights or data without its folder; "from" has the whole id of the Hub."""
+def public_name(found):
+    """The name of hub.Found or hub.DataFiles without its folder; "from" has the Hub's whole id."""
     return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):
     """UserError naming the first thing that a resumed run must not change but does."""
-    def recipe(about):
-        values = {"the data's sha256": about["data"]["files"],
-                  "the weights' sha256": about["weights"]["files"], "--dtype": about["dtype"],
-              "the held-out data's sha256": about["val_files"]}
-        for field in fields(config):
-            if not field.metadata["may_change"] and field.name not in ("weights", "data", "dtype"):
-                values["--" + field.name.replace("_", "-")] = about["config"].get(field.name)
-        return values
+    names = [field.name for field in fields(config) if not field.metadata["may_change"]]
+
+    def fixed(about):  # of files the hashes, of types the one that was computed in
+        return {**{name: about["config"].get(name) for name in names}, "dtype": about["dtype"],
+                **{kind: about[kind]["files"] for kind in ("weights", "data", "val_data")}}
     with report.contents_of(path):
-        before = recipe(read_json(path))
-    for what, value in recipe(about).items():
-        if before[what] != value:
-            raise UserError(f"--resume: {what} was {before[what]} and is now {value}. Resume with "
-                            "the same settings and files, or start anew with another --out.")
+        before = fixed(read_json(path))
+    for name, value in fixed(about).items():
+        if before[name] != value:
+            raise UserError(
+                f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}. "
+                "Resume with the same settings and files, or start anew with another --out.")
 
 
 def writing(method):
@@ -116,17 +116,6 @@ class RunFolder:
     def open(self, about, resume):
         """Write run.json; on resume, check first that nothing that matters has changed."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
-        if resume:
-            check_same(self.path / "run.json", about, self.config)
-        self.about = {**report.read_if_there(self.path / "run.json"), **about}
-        self.metrics.touch()
-        self.checkpoint.parent.mkdir(exist_ok=True)
-        write_json(self.path / "run.json", self.about)
-
-    def _lock(self):
-        """Refuse a folder where another process trains: they would overwrite each other's files."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.lock = os.fdopen(os.open(self.path / "lock.part", flags, 0o644), "wb")
         try:
@@ -136,6 +125,13 @@ class RunFolder:
             raise UserError(f"another train.py is at work in {self.path}: stop it first") from None
         except (ImportError, OSError):
             pass  # no locking available here: Windows, some network disks
+        self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
+        if resume:
+            check_same(self.path / "run.json", about, self.config)
+        self.about = {**report.read_if_there(self.path / "run.json"), **about}
+        self.metrics.touch()
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        write_json(self.path / "run.json", self.about)
 
     @writing
     def log(self, **values):
@@ -164,16 +160,12 @@ class RunFolder:
         (self.path / "lock.part").unlink()
 
     def what_is_safe(self):
-        if self.checkpoint.is_file():
-            return f"{self.checkpoint} is whole: --resume goes on from it."
-        return "No checkpoint was written yet."
+        return (f"{self.checkpoint} is whole: --resume goes on from it."
+                if self.checkpoint.is_file() else "No checkpoint was written yet.")
 
     @writing
     def save(self, model, optimizer, progress: Progress):
-        """Write all that a resumed run needs; UserError, and no change, if it is not finite.
-
-        The order of the examples follows from seed and step, and nothing else is random.
-        """
+        """Write what a resumed run needs, if it is finite; examples follow from seed and step."""
         if not self.keeps or progress.step == 0:
             return
         tensors = tensors_of(model, optimizer)
@@ -187,16 +179,15 @@ class RunFolder:
 
     @writing
     def restore(self, model, optimizer):
-        """The checkpoint into model and optimizer; returns its Progress, or Progress()."""
+        """The checkpoint, if there is one, into model and optimizer -> Progress."""
         progress = Progress()
         if self.checkpoint.is_file():
             with report.contents_of(self.checkpoint):
                 progress = load(self.checkpoint, tensors_of(model, optimizer))
-        # Drop the lines after those of its step: they will be written again.
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
-        before = b"".join(lines[:max(ends[:progress.step], default=0)])
-        replace_file(self.metrics, lambda path: path.write_bytes(before))
+        del lines[max(ends[:progress.step], default=0):]  # they will be written again
+        replace_file(self.metrics, lambda path: path.write_bytes(b"".join(lines)))
         return progress
 
 
@@ -206,9 +197,8 @@ def tensors_of(model, optimizer):
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
         zeros = torch.zeros_like(parameter)
-        state = optimizer.state[parameter]
         for key, start in (("step", zeros.sum()), ("exp_avg", zeros), ("exp_avg_sq", zeros)):
-            tensors[f"{key}.{name}"] = state.setdefault(key, start.clone())
+            tensors[f"{key}.{name}"] = optimizer.state[parameter].setdefault(key, start.clone())
     return tensors
 
 
@@ -222,10 +212,9 @@ def load(path, tensors):
         if not isinstance(value, field.type) or not math.isfinite(value or 0):
             raise ValueError(f"{field.name} is {value!r}")
     for name in tensors.keys() | saved.keys():
-        if (saved[name].shape, saved[name].dtype) != (tensors[name].shape, tensors[name].dtype):
-            raise ValueError(f"{name} has another shape or type")
-        if name.startswith("step.") and saved[name] != progress.step:
-            raise ValueError(f"{name} is of another step")
+        fits = (saved[name].shape, saved[name].dtype) == (tensors[name].shape, tensors[name].dtype)
+        if not fits or (name.startswith("step.") and saved[name] != progress.step):
+            raise ValueError(f"{name} is of another model or another step")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return progress

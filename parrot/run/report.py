@@ -1,7 +1,4 @@
-"""report.html and README.md (the model card), made from the files of a run's folder.
-
-Those are run.json, metrics.jsonl and parrot.evaluate's evaluation.json.
-"""
+"""report.html and README.md (the model card) of a run, made from the other files of its folder."""
 
 import json
 import math
@@ -29,13 +26,14 @@ def write(folder):
 
 
 def render(folder):
+    """run.json, metrics.jsonl and, if there, evaluation.json -> the texts of report and card."""
     about = read_json(folder / "run.json")
     table = read_if_there(folder / "evaluation.json").get("table", [])
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
-        before, after = about.pop("before", []), about.pop("after", [])
-        after = after or [["", "not yet known"]] * len(before)
+        before = about.pop("before", [])
+        after = about.pop("after", []) or [["", "not yet known"]] * len(before)
         replies = [[*old, new[1]] for old, new in zip(before, after, strict=True)]
         values = {"first_loss": None, "best_loss": None, **about["config"], **about,
                   "done": len(points(metrics, "train_loss"))}
@@ -69,19 +67,17 @@ def contents_of(path):
 
 
 def plain(value):
-    """Any value as text without control characters."""
     if value is None:
         return "n/a"
     return printable(f"{value:.5g}" if isinstance(value, float) else str(value))
 
 
 def html(value):
-    """Any value as HTML: what comes from a file, a record or a name goes through here."""
+    """Any value without HTML's markup: nothing reaches the page but through here."""
     return escape(plain(value))
 
 
 def markdown(value):
-    """Any value as Markdown without markup."""
     return plain(value).translate(MARKUP)
 
 
@@ -91,10 +87,9 @@ def html_rows(table):
 
 
 def markdown_table(table):
-    lines = [f"| {' | '.join(map(markdown, row))} |" for row in table]
-    if table:
-        lines.insert(1, "|---" * len(table[0]) + "|")  # below the head
-    return "\n".join(lines)
+    rows = [f"| {' | '.join(map(markdown, row))} |" for row in table]
+    rule = ["|---" * len(head) + "|" for head in table[:1]]
+    return "\n".join(rows[:1] + rule + rows[1:])
 
 
 def points(lines, key):

@@ -12,7 +12,7 @@ from parrot.config import TrainConfig
 from parrot.fast.compiling import compile_blocks
 from parrot.model import Llama
 from parrot.system.distributed import Processes
-from parrot.training import held_out_loss, make_optimizer
+from parrot.training import held_out_means, make_optimizer
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
@@ -28,5 +28,5 @@ def test_compiled_code_gives_the_same_step(examples, tiny_folder):  # noqa: F811
     for model in (plain, compiled):
         make_optimizer(model, TrainConfig()).step()
     assert all(close(c, p, 1e-5) for c, p in zip(compiled.parameters(), plain.parameters()))
-    assert held_out_loss(compiled, examples, 300, torch.float32, Processes()) == pytest.approx(
-        held_out_loss(plain, examples, 300, torch.float32, Processes()), rel=1e-4)
+    assert held_out_means(compiled, examples, 300, torch.float32, Processes()) == pytest.approx(
+        held_out_means(plain, examples, 300, torch.float32, Processes()), rel=1e-4)

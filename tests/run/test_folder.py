@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -13,14 +14,16 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from parrot.config import TrainConfig
-from parrot.files.hub import DataFiles, Found
+from parrot.files.examples import Examples
+from parrot.files.hub import DataFiles, Found, find_data
 from parrot.run import folder as run_folder
 from parrot.run.folder import Progress, RunFolder, check_same, describe
 from parrot.system import disk
 from parrot.system.console import UserError
+from parrot.system.distributed import Processes
 from parrot.training import make_optimizer
 
-ABOUT = {"data": {"files": {}}, "val_files": [], "weights": {"files": {}}, "config": asdict(TrainConfig()),
+ABOUT = {"data": {"files": {}}, "val_data": {"files": {}}, "weights": {"files": {}}, "config": asdict(TrainConfig()),
          "dtype": "float32"}
 
 
@@ -287,20 +290,23 @@ def test_a_run_json_of_something_else_is_named(about, tmp_path):
     (tmp_path / "run.json").write_text(about)
     with pytest.raises(UserError, match="run.json"):
         folder_at(tmp_path).begin(resume=True)
-        check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_files": [], "weights": {"files": {}},
+        check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_data": {"files": {}}, "weights": {"files": {}},
                                            "config": asdict(TrainConfig()), "dtype": "float32"}, TrainConfig())
 
 
 @pytest.fixture
 def about(tiny_folder, records_file):
     """A function: settings and type -> what run.json says of a run with them."""
-    def about(dtype=torch.float32, weights=tiny_folder, more="", val_files=(), **changes):
+    def about(dtype=torch.float32, weights=tiny_folder, more="", val_data=None, **changes):
         data = records_file([{"prompt": "a", "completion": f"b{more}"}])
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
-        found = [Found(weights, {"name": str(weights), "from": "a folder"}),
-                 DataFiles([data], {"name": str(data), "from": "a file"})]
-        notes = [f"1 bad: {data}:3: not JSON"]
-        return describe(config, *found, dtype, notes, steps=3, val_files=list(val_files))
+        examples = Examples.of([([1, 2, 3], [0, 0, 1])])
+        return describe(SimpleNamespace(
+            config=config, sources={"weights": Found(weights, {"name": str(weights), "from": "a folder"}),
+                                    "data": DataFiles([data], {"name": str(data), "from": "a file"}),
+                                    "val_data": find_data(val_data) if val_data else DataFiles([], {"name": ""})},
+            notes=[f"1 bad: {data}:3: not JSON"], dtype=dtype, objective="", train_set=examples, val_set=examples,
+            total_steps=3, max_tokens=9, compiled=False, model=tiny_model(), processes=Processes()))
     return about
 
 
@@ -325,9 +331,9 @@ def test_resuming_compares_what_was_computed(about, tmp_path):
         check_same(path, about(dtype=torch.bfloat16), TrainConfig())
     with pytest.raises(UserError, match="--epochs was 3 and is now 4"):
         check_same(path, about(epochs=4), TrainConfig())
-    with pytest.raises(UserError, match="the held-out data's sha256 was"):
-        check_same(path, about(val_files=["abc"]), TrainConfig())
-    with pytest.raises(UserError, match="the data's sha256 was"):
+    with pytest.raises(UserError, match="--val-data was"):
+        check_same(path, about(val_data="quickstart"), TrainConfig())
+    with pytest.raises(UserError, match="--data was"):
         check_same(path, about(more="c"), TrainConfig())
 
 
@@ -340,7 +346,7 @@ def test_other_weights_of_the_same_name_are_not_resumed(about, tmp_path, tiny_fo
     check_same(path, about(weights=other), TrainConfig())
     (other / "config.json").write_text("{}")
     os.mkfifo(other / "model-00001-of-00002.safetensors")  # is not read
-    with pytest.raises(UserError, match="the weights' sha256 was"):
+    with pytest.raises(UserError, match="--weights was"):
         check_same(path, about(weights=other), TrainConfig())
 
 
