@@ -129,16 +129,25 @@ class PreferenceTrainer(Trainer):
     def find_data(self):
         return super().find_data() if self.config.data else self_play(self.config)
 
-    @torch.no_grad()
     def load_data(self):
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
-        for pairs in sets:  # the model is still the reference, in a resumed run, too
-            for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
-                                                   "reference", batch_type=PairBatch):
-                margins = preference_margins(self.model, batch, self.dtype)
-                pairs.reference[indices] = margins.cpu().numpy()
+        for pairs in sets:
+            digest = hashlib.sha256(f"{self.sources['weights'].hashes} {self.dtype}".encode())
+            for tokens, _ in pairs:
+                digest.update(tokens.tobytes())
+            folder = kept(f"reference/{digest.hexdigest()[:16]}", partial(self._refer, pairs))
+            pairs.reference = np.load(folder / "reference.npy")
         return *sets, notes
+
+    @torch.no_grad()
+    def _refer(self, pairs: Pairs, folder):
+        """Write what the reference, which the model still is, says of the pairs."""
+        for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
+                                               "reference", batch_type=PairBatch):
+            margins = preference_margins(self.model, batch, self.dtype)
+            pairs.reference[indices] = margins.cpu().numpy()
+        np.save(folder / "reference.npy", pairs.reference)
 
 
 def self_play(config: PreferenceConfig) -> hub.DataFiles:
