@@ -25,10 +25,9 @@ class Examples:
     @classmethod
     def of(cls, pairs):
         """[(tokens, is_target)] -> Examples in memory."""
-        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in pairs])
-        is_target = np.concatenate([np.asarray(flags, bool) for _, flags in pairs])
+        tokens, is_target = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
         index = [(len(tokens), number, 0) for number, (tokens, _) in enumerate(pairs)]
-        return of_part(tokens, is_target, "", np.array(index))
+        return of_part(tokens, is_target.astype(bool), "", np.array(index))
 
     @classmethod
     def joined(cls, several):
