@@ -36,7 +36,7 @@ from parrot.data import Batch, micro_batches
 from parrot.files import hub
 from parrot.files.cache import kept
 from parrot.files.examples import Examples
-from parrot.files.hub import DataFiles
+from parrot.files.hub import Found
 from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
 from parrot.sampling import replies
@@ -123,7 +123,7 @@ class PreferenceTrainer(Trainer):
         return super().find_data() if self.config.data else self_play(self.config)
 
     @torch.no_grad()
-    def load_data(self, data: DataFiles):
+    def load_data(self, data: Found):
         *sets, notes = super().load_data(data, pairs=True)
         sets = [Pairs(examples) for examples in sets]
         for pairs in sets:  # the model is still the reference, in a resumed run, too
@@ -163,20 +163,21 @@ class PreferenceTrainer(Trainer):
                 "val_accuracy": accuracy / len(pairs)}
 
 
-def self_play(config: PreferenceConfig) -> DataFiles:
+def self_play(config: PreferenceConfig) -> Found:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
     device, _ = pick(config.device, config.dtype)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
     assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")
-    recipe = [list(data.hashes.values()), weights.hashes, config.seed, config.max_examples]
+    hashes = [list(found.hashes.values()) for found in (data, weights)]
+    recipe = [*hashes, config.seed, config.max_examples]
     key, files = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16], []
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, some = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
         make = partial(write_pairs, name, some, assistant, config.seed + start)
         files.append(kept(f"self-play/{key}-{start}", make) / name)
-    return DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
+    return Found(files, {"name": Path(config.self_play).name, "from": "self-play"})
 
 
 def write_pairs(name, conversations, assistant: Assistant, seed, folder):

@@ -31,14 +31,12 @@ def source_hash(*sources) -> str:
 
 
 def kept(name: str, make, at_most: int = 1000) -> Path:
-    """The folder `name` of the cache, made by `make(folder)` if need be; the newest stay.
-
-    All of it is made or nothing, even at a power cut.
-    """
+    """The folder `name` of the cache, made by `make(folder)`, whole or not; the newest stay."""
     folder = cache_folder() / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _clean(folder, at_most)
+        with suppress(FileNotFoundError):  # another process is deleting the same
+            _clean(folder, at_most)
         if _is_complete(folder):
             return folder
         with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
@@ -56,7 +54,6 @@ def kept(name: str, make, at_most: int = 1000) -> Path:
     return folder
 
 
-@suppress(FileNotFoundError)  # another process is deleting the same
 def _clean(folder, at_most):
     """Delete the oldest folders beside `folder`, and what processes killed a day ago left."""
     # abs: a date in the future, which a wrong clock set, is as bad as an old one

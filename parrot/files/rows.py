@@ -25,9 +25,7 @@ def naming(path):
         yield
     except (UserError, MemoryError):
         raise
-    except ImportError as error:  # Parquet
-        raise UserError(f"{path}: to read it, pip install {error.name}") from None
-    except Exception as error:  # whatever a damaged file leads a library to
+    except Exception as error:  # a damaged file; or no pyarrow
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
 

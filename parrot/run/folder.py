@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from parrot import assistant
 from parrot.config import Recipe
-from parrot.files.hub import DataFiles, Found
+from parrot.files.hub import Found
 from parrot.run import report
 from parrot.system.console import UserError, refuse
 from parrot.system.disk import flush, read_json, replace_file, write_json
@@ -40,24 +40,25 @@ class Progress:
     first_loss: float | None = None  # held-out loss before the first step
 
 
-def describe(config: Recipe, weights: Found, data: DataFiles, dtype, notes, **more):
+def describe(config: Recipe, weights: Found, data: Found, dtype, notes, **more):
     """What run.json says of a run. It may be published, so it names no folder of this machine."""
     names = {"weights": public_name(weights), "data": public_name(data),
              "val_data": config.val_data and Path(config.val_data).name}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     for path in data.files:
         notes = [note.replace(str(path), path.name) for note in notes]
-    hashes = {path.name: sha256 for path, sha256 in data.hashes.items()}
+    hashes = [{path.name: sha256 for path, sha256 in found.hashes.items()}
+              for found in (weights, data)]
     return {"config": {**asdict(config), **names, "out": Path(config.out).name},
             "dtype": str(dtype).removeprefix("torch."),
-            "weights": {**weights.origin, "name": names["weights"], "files": weights.hashes},
-            "data": {**data.origin, "name": names["data"], "files": hashes},
+            "weights": {**weights.origin, "name": names["weights"], "files": hashes[0]},
+            "data": {**data.origin, "name": names["data"], "files": hashes[1]},
             "versions": {"python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}",
             "notes": notes, **more, "finished": False}
 
 
-def public_name(found: Found | DataFiles):
+def public_name(found: Found):
     """The name of weights or data without its folder; "from" has the whole id of the Hub."""
     return Path(found.origin["name"]).name
 

@@ -82,7 +82,7 @@ class Trainer:
         return hub.find_data(self.config.data)
 
     def load_data(self, files, **kind):
-        """DataFiles -> (train Examples, held-out Examples, remarks)."""
+        """Found -> (train Examples, held-out Examples, remarks)."""
         config = self.config
         self.val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
         return data.load_examples(

@@ -128,7 +128,7 @@ SETS = [  # files, split, the chosen ones, or the fault
     (["part1.jsonl.gz", "part2.jsonl.gz", "test.jsonl.gz"], "train", ["part1.jsonl.gz", "part2.jsonl.gz"]),
     (["train.CSV", "eval.CSV"], "train", ["train.CSV"]),
     (["constraints.jsonl"], "train", ["constraints.jsonl"]),
-    (["en/train.jsonl", "fr/train.jsonl"], "train", "several parts: choose one, as --data a set:en/train .fr/train"),
+    (["en/train.jsonl", "fr/train.jsonl"], "train", "several parts: choose one, as --data a set:en/train or fr/train"),
     (["en/train.jsonl", "fr/train.jsonl"], "fr/train", ["fr/train.jsonl"]),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train", "several parts"),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train_sft", ["train_sft-00000-of-00001.parquet"]),

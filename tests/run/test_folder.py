@@ -13,7 +13,7 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from parrot.config import TrainConfig
-from parrot.files.hub import DataFiles, Found
+from parrot.files.hub import Found
 from parrot.run import folder as run_folder
 from parrot.run.folder import Progress, RunFolder, check_same, describe
 from parrot.system import disk
@@ -297,8 +297,8 @@ def about(tiny_folder, records_file):
     def about(dtype=torch.float32, weights=tiny_folder, more="", val_files=(), **changes):
         data = records_file([{"prompt": "a", "completion": f"b{more}"}])
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
-        found = [Found(weights, {"name": str(weights), "from": "a folder"}),
-                 DataFiles([data], {"name": str(data), "from": "a file"})]
+        found = [Found([weights / "config.json", weights / "model.safetensors"], {"name": str(weights), "from": "a folder"}),
+                 Found([data], {"name": str(data), "from": "a file"})]
         notes = [f"1 bad: {data}:3: not JSON"]
         return describe(config, *found, dtype, notes, steps=3, val_files=list(val_files))
     return about
@@ -310,7 +310,7 @@ def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
     config = json.loads(text)["config"]
     assert (config["weights"], config["data"], config["out"]) == (
         tiny_folder.name, "records.jsonl", "mine")
-    hub = Found(tiny_folder, {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
+    hub = Found([], {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
     assert run_folder.public_name(hub) == "llama"
 
 
