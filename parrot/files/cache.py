@@ -65,8 +65,6 @@ def _clean(folder, at_most):
 
 
 def _is_complete(folder):
-    try:
+    with suppress(UserError, OSError, ValueError):
         sizes = read_json(folder / SIZES)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (UserError, OSError, ValueError):
-        return False

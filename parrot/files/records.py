@@ -6,10 +6,8 @@ line and fault, whatever the bytes. Text that is not used is counted, never lost
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import count, cycle, islice
 
 from parrot.files import rows
 from parrot.system.console import UserError, refuse
@@ -40,25 +38,22 @@ class Conversation:
     unused: frozenset = frozenset()  # the keys of text that is not in the messages
 
 
-def read_conversations(path, bad: list | None = None, start=0, stop=None,
-                       pairs=False) -> Iterator[Conversation]:
-    """Yield the conversations in the rows `start` to `stop` of a file; two for each of `pairs`.
+def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=False):
+    """Yield the Conversations in the rows `start` to `stop` of a file; two for each of `pairs`.
 
     A record that cannot be read is a UserError, or an entry in `bad`: (number, fault).
     """
-    path = Path(path)
-    source, count = rows.source_of(path), stop and stop - start
-    for number, row in islice(rows.read_rows(path, start, KEYS), count):
+    source = rows.source_of(path)
+    for number, row in islice(rows.read_rows(path, start, KEYS), stop and stop - start):
         if isinstance(row, bytes) and not row.strip():
             continue
-        unused = set()
         try:
+            unused = set()
             record = json.loads(row.decode("utf-8")) if isinstance(row, bytes) else row
             versions = to_pair(record, unused) if pairs else [to_messages(record, unused)]
         except (UserError, ValueError, RecursionError) as error:
-            fault = str(error)
-            if not isinstance(error, UserError):
-                fault = f"not JSON: {error} (each line has to hold one whole record)"
+            is_parsed = isinstance(error, UserError)
+            fault = str(error) if is_parsed else f"not JSON: {error} (one record per line)"
             if bad is None:  # if not even the first can be read, skipping is no advice
                 advice = " (--skip-bad-records leaves it out)" if number > 1 else ""
                 raise UserError(f"{source}{number}: {fault}{advice}") from None
@@ -96,10 +91,7 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
 
 
 def to_pair(record, unused: set):
-    """A record with chosen and rejected -> two lists of messages that differ in the last reply.
-
-    Each is a reply to `prompt`, as text or turns; or all turns, the prompt among them.
-    """
+    """A record with chosen and rejected, each a reply to `prompt` or all turns -> two lists."""
     if not isinstance(record, dict) or not all(_has_text(record.get(k)) for k in SHAPES["pair"]):
         raise UserError(f"{record!r:.80} has no text under chosen and rejected (and prompt)")
     others = record.keys() - {*SHAPES["pair"], *SHAPES["turns"]}  # some repeat chosen as messages
@@ -131,11 +123,11 @@ def _prompt_and_reply(rest, unused):
     if isinstance(prompt, str):
         context, key = _take(rest, "context")
         prompt = f"{prompt.strip()}\n\n{_text(context, key).strip()}" if key else prompt
-    asked = _turns(prompt, prompt_key, unused)
+    asked = _only_read(_turns(prompt, prompt_key, unused))
     if not asked or not reply:
         known = (f"{what} ({', '.join(SHAPES[what])})" for what in ("turns", "prompt", "reply"))
         raise UserError("its keys with text are {}; expected {}, or {} and {}".format(keys, *known))
-    return _only_read(asked) + reply
+    return asked + reply
 
 
 def _is_learned(message):
@@ -151,24 +143,22 @@ def _only_read(messages):
 def _turns(value, where, unused, role="user"):
     """Turns, a turn, or a text of `role` -> messages. Texts in a list: user, assistant, user."""
     if isinstance(value, list):
-        messages = []
-        for number, turn in enumerate(value):
-            place, role = f"turn {number + 1} of {where}", ("user", "assistant")[number % 2]
-            messages += _turns(turn, place, unused, role)
-        return messages
+        turns = zip(count(1), value, cycle(("user", "assistant")))
+        return [message for number, turn, role in turns
+                for message in _turns(turn, f"turn {number} of {where}", unused, role)]
     if not isinstance(value, dict):
         return [{"role": role, "content": _text(value, where)}]
     turn = dict(value)
     name = turn.pop("role", turn.pop("from", None))
     content = turn.pop("content", turn.pop("value", None))
-    weights = [turn.pop(key, None) for key in ("weight", "train")]  # 0, false: it is only read
+    weights = [turn.pop("weight", None), turn.pop("train", None)]  # 0, false: it is only read
     role = ROLES.get(str(name).lower())
     refuse(f"{where}:", {
         "tool calls cannot be trained here":
             name in ("tool", "function") or turn.get("tool_calls") or turn.get("function_call"),
         f"role is {name!r:.40}, expected one of {', '.join(ROLES)}": not role,
         f"weight and train are {weights!r:.40}, expected 0 or 1":
-            not all(weight in (None, 0, 1) for weight in weights)})
+            any(weight not in (None, 0, 1) for weight in weights)})
     if role == "system" and not _has_text(content):
         return []
     unused |= {f"{key} (of a turn)" for key, value in turn.items() if _has_text(value)}

