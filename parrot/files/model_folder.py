@@ -27,8 +27,7 @@ FIELDS = {  # kind, largest value that is believed, default
     "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
     "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
     "rope_theta": (float, 10**12, 10000.0)}
-# The defaults of sample.py, for other software; it puts the penalty on the prompt, too, <|im_end|>
-# among it, so that with our 1.2 fewer replies would end.
+# sample.py's, for other software, which puts the penalty on the prompt's <|im_end|>, too: 1.1
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
             "repetition_penalty": 1.1}
 
@@ -96,7 +95,7 @@ def refuse_infinite(tensors, folder):
 
 
 def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None):
-    """Write a folder that others read, too. If a tensor is not finite, UserError and no change."""
+    """Write a folder that others read, too, the weights last. UserError if one is not finite."""
     refuse_infinite(tensors, folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

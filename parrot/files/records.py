@@ -98,8 +98,7 @@ def to_pair(record, unused: set):
     rest, pair = {name: record[name] for name in others}, []
     for key in SHAPES["pair"]:
         *earlier, last = to_messages({**rest, "response": record[key]}, unused)
-        if not _is_learned(last):
-            raise UserError(f"{key} does not end with a reply to learn from")
+        refuse(key, {"does not end with a reply to learn from": not _is_learned(last)})
         pair.append([*_only_read(earlier), last])
     if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
         raise UserError("chosen and rejected are equal, or answer different prompts")

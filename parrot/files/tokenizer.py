@@ -53,8 +53,7 @@ class Tokenizer:
 
     def control(self, name: str) -> int:
         token = self.backend.token_to_id(name)
-        if token is None:
-            raise UserError(f"{self.folder} cannot chat: no token {name} (see --format plain)")
+        refuse(self.folder, {f"cannot chat: no token {name} (see --format plain)": token is None})
         return token
 
     def encode(self, text: str) -> list[int]:
