@@ -170,8 +170,7 @@ def self_play(config: PreferenceConfig) -> Found:
     conversations = [item.messages for path in data.files for item in read_conversations(path)
                      if len(item.messages) == 2][:config.max_examples]
     assistant = Assistant.load("self-play", weights.path, torch.float32, device, "chat")
-    hashes = [list(found.hashes.values()) for found in (data, weights)]
-    recipe = [*hashes, config.seed, config.max_examples]
+    recipe = [*data.hashes.values(), *weights.hashes.values(), config.seed, config.max_examples]
     key, files = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16], []
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, some = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]

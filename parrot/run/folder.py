@@ -47,8 +47,7 @@ def describe(config: Recipe, weights: Found, data: Found, dtype, notes, **more):
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     for path in data.files:
         notes = [note.replace(str(path), path.name) for note in notes]
-    hashes = [{path.name: sha256 for path, sha256 in found.hashes.items()}
-              for found in (weights, data)]
+    hashes = [{path.name: sha for path, sha in found.hashes.items()} for found in (weights, data)]
     return {"config": {**asdict(config), **names, "out": Path(config.out).name},
             "dtype": str(dtype).removeprefix("torch."),
             "weights": {**weights.origin, "name": names["weights"], "files": hashes[0]},
