@@ -25,7 +25,7 @@ from parrot.attention import Ribbon
 from parrot.chat import encode_pieces, pieces_of, text_of
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
-from parrot.files.hub import DataFiles
+from parrot.files.hub import Found
 from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError
@@ -55,7 +55,7 @@ def is_held_out(prompt_hash, fraction):
 
 # ---- conversations -> examples
 
-def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fraction, *,
+def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *,
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
@@ -82,7 +82,7 @@ def load_examples(data: DataFiles, tokenizer: Tokenizer, max_length, val_fractio
     return train, held_out, remarks
 
 
-def tokenised(data: DataFiles, tokenizer, max_length, skip_bad, pairs, max_examples=None):
+def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached."""
     versions = 2 if pairs else 1  # of a conversation
     most = (max_examples or math.inf) * versions

@@ -133,7 +133,8 @@ class PreferenceTrainer(Trainer):
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
-            digest = hashlib.sha256(f"{self.sources['weights'].hashes} {self.dtype}".encode())
+            recipe = [self.dtype, *self.sources["weights"].hashes.values()]
+            digest = hashlib.sha256(str(recipe).encode())
             for tokens, _ in pairs:
                 digest.update(tokens.tobytes())
             folder = kept(f"reference/{digest.hexdigest()[:16]}", partial(self._refer, pairs))
@@ -150,7 +151,7 @@ class PreferenceTrainer(Trainer):
         np.save(folder / "reference.npy", pairs.reference)
 
 
-def self_play(config: PreferenceConfig) -> hub.DataFiles:
+def self_play(config: PreferenceConfig) -> hub.Found:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
     conversations = [item.messages for path in data.files for item in read_conversations(path)
@@ -160,11 +161,11 @@ def self_play(config: PreferenceConfig) -> hub.DataFiles:
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         some = conversations[start:start + AT_ONCE]
-        recipe = json.dumps([name, seed, some, weights.hashes])
+        recipe = json.dumps([name, seed, some, list(weights.hashes.values())])
         key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
         make = partial(write_pairs, name, some, assistant, seed)
         files.append(kept(f"self-play/{key}", make) / name)
-    return hub.DataFiles(files, {"name": Path(config.self_play).name, "from": "self-play"})
+    return hub.Found(files, {"name": Path(config.self_play).name, "from": "self-play"})
 
 
 def write_pairs(name, conversations, assistant: Assistant, seed, folder):

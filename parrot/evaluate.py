@@ -216,7 +216,7 @@ def main():
         report.write(folder)
 
 
-def is_finished(folder, data: hub.DataFiles, config: EvaluateConfig):
+def is_finished(folder, data: hub.Found, config: EvaluateConfig):
     """Whether a run was finished here; says so if it was trained on what is held out now."""
     about = report.read_if_there(folder / "run.json")
     with report.contents_of(folder / "run.json"):

@@ -25,7 +25,7 @@ from parrot.dpo import (
 )
 from parrot.files.examples import Examples
 from parrot.files.hub import find_data
-from parrot.files.records import BadRecord, read_conversations, to_pair
+from parrot.files.records import read_conversations, to_pair
 from parrot.model import Llama
 from parrot.system.console import UserError
 from train import train
@@ -118,15 +118,15 @@ def test_pairs_in_every_shape(record, prompt):
 
 
 @pytest.mark.parametrize("record, fault", [
-    ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "equal"), ({"prompt": "Q", "chosen": "A", "rejected": " "}, "expected text"),
-    ({"prompt": "Q", "chosen": "A"}, "has not the keys chosen and rejected"), ([USER, GOOD], "has not the keys"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "equal"), ({"prompt": "Q", "chosen": "A", "rejected": " "}, "no text under chosen and rejected"),
+    ({"prompt": "Q", "chosen": "A"}, "no text under chosen and rejected"), ([USER, GOOD], "no text under"),
     ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "R"}, BAD]}, "different prompts"),
     ({"chosen": [USER, GOOD, USER, {**GOOD, "weight": 0}], "rejected": [USER, BAD]}, "reply to learn from"),
-    ({"prompt": "Q", "chosen": None, "rejected": "A"}, "expected text"), ({"chosen": "A", "rejected": "B"}, "expected turns .*, or prompt"),
+    ({"prompt": "Q", "chosen": None, "rejected": "A"}, "no text under"), ({"chosen": "A", "rejected": "B"}, "expected turns .*, or prompt"),
     ({"chosen": [USER], "rejected": [USER, BAD]}, "no reply|does not end with a reply"),
-    ({"prompt": "Q", "chosen": [], "rejected": "A"}, "expected|empty"), ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "does not end")])
+    ({"prompt": "Q", "chosen": [], "rejected": "A"}, "no text under"), ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "does not end")])
 def test_what_is_no_pair(record, fault):
-    with pytest.raises(BadRecord, match=fault):
+    with pytest.raises(UserError, match=fault):
         to_pair(record, set())
 
 

@@ -31,14 +31,24 @@ def source_hash(*sources) -> str:
 
 
 def kept(name: str, make, at_most: int = 1000) -> Path:
-    """The folder `name` of the cache, made by `make(folder)` if need be; the newest stay."""
+    """The folder `name` of the cache, made by `make(folder)`, whole or not; the newest stay."""
     folder = cache_folder() / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # another process is deleting the same
+        with suppress(FileNotFoundError):  # another process is deleting the same
             _clean(folder, at_most)
-        if not _is_complete(folder):
-            _fill(folder, make)
+        if _is_complete(folder):
+            return folder
+        with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
+            made = Path(temporary, folder.name)
+            made.mkdir()
+            make(made)
+            write_json(made / SIZES, {path.name: path.stat().st_size for path in made.iterdir()})
+            for path in (*made.iterdir(), made):
+                flush(path)
+            if not _is_complete(folder):  # another process may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the cache {folder}: {error} (see XDG_CACHE_HOME)") from None
     return folder
@@ -46,31 +56,15 @@ def kept(name: str, make, at_most: int = 1000) -> Path:
 
 def _clean(folder, at_most):
     """Delete the oldest folders beside `folder`, and what processes killed a day ago left."""
-    now = time.time()  # abs: a date in the future, which a wrong clock set, is as bad as an old one
-    ages = {path: abs(now - path.stat().st_mtime) for path in folder.parent.iterdir()}
-    unfinished = {path for path in ages if path.name.startswith("tmp")}
-    finished = sorted(ages.keys() - unfinished - {folder}, key=ages.get)
-    for path in [*finished[at_most - 1:], *(path for path in unfinished if ages[path] > 86_400)]:
-        shutil.rmtree(path, ignore_errors=True)
+    # abs: a date in the future, which a wrong clock set, is as bad as an old one
+    others = [(abs(time.time() - path.stat().st_mtime), path)
+              for path in folder.parent.iterdir() if path != folder]
+    for number, (age, path) in enumerate(sorted(others), 1):
+        if number >= at_most or (age > 86_400 and path.name.startswith("tmp")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_complete(folder):
-    try:
+    with suppress(UserError, OSError, ValueError):
         sizes = read_json(folder / SIZES)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (UserError, OSError, ValueError):
-        return False
-
-
-def _fill(folder, make):
-    """Make all of a folder or nothing, even at a power cut."""
-    with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
-        make(made)
-        write_json(made / SIZES, {path.name: path.stat().st_size for path in made.iterdir()})
-        for path in (*made.iterdir(), made):
-            flush(path)
-        if not _is_complete(folder):  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)

@@ -1,8 +1,7 @@
 """Tokenised conversations in flat arrays: a few bytes per token, mapped from disk, no objects.
 
-    tokens.bin    the tokens of all examples of a part, end to end
-    targets.bin   a byte for each token: whether it is a target
-    index.npy     (examples, 3): length, number of its record, hash of its prompt
+On disk, tokens.bin has the tokens of a part, end to end, targets.bin a byte for each, whether it
+is a target, and index.npy is the index below.
 """
 
 from array import array
@@ -25,10 +24,10 @@ class Examples:
     @classmethod
     def of(cls, pairs):
         """[(tokens, is_target)] -> Examples in memory."""
-        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in pairs])
-        is_target = np.concatenate([np.asarray(flags, bool) for _, flags in pairs])
-        index = [(len(tokens), number, 0) for number, (tokens, _) in enumerate(pairs)]
-        return of_part(tokens, is_target, "", np.array(index))
+        tokens, is_target = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+        lengths = np.array([len(tokens) for tokens, _ in pairs])
+        columns = (0 * lengths, lengths.cumsum() - lengths, lengths, range(len(pairs)), 0 * lengths)
+        return cls([(tokens, is_target.astype(bool), "")], np.column_stack(columns))
 
     @classmethod
     def joined(cls, several):
@@ -56,28 +55,24 @@ class Examples:
         return Examples(self.parts, self.index[mask])
 
 
-def of_part(tokens, is_target, source, index):
-    """One part, and its index.npy -> Examples."""
-    starts = index[:, 0].cumsum() - index[:, 0]
-    return Examples([(tokens, is_target, source)], np.column_stack([0 * starts, starts, index]))
-
-
 def write(folder, examples, vocab_size):
     """Write an iterable of (tokens, is_target, record number, hash of the prompt) into `folder`."""
-    dtype, index = np.min_scalar_type(vocab_size - 1), array("q")  # uint16 for 49,152 tokens
+    dtype = np.min_scalar_type(vocab_size - 1)  # uint16 for 49,152 tokens
+    index, start = array("q"), 0
     with open(folder / "tokens.bin", "wb") as ids, open(folder / "targets.bin", "wb") as flags:
         for tokens, is_target, number, prompt_hash in examples:
             ids.write(np.asarray(tokens, dtype).tobytes())
             flags.write(bytes(is_target))
-            index.extend((len(tokens), number, prompt_hash))
-    np.save(folder / "index.npy", np.array(index, np.int64).reshape(-1, 3))
+            index.extend((0, start, len(tokens), number, prompt_hash))
+            start += len(tokens)
+    np.save(folder / "index.npy", np.array(index, np.int64).reshape(-1, 5))
 
 
 def read(folder, source, vocab_size):
     """What was written -> Examples; their tokens are still on disk."""
     index = np.load(folder / "index.npy")
     if not len(index):  # an empty file cannot be mapped
-        return Examples.joined([])
+        return Examples([], index)
     tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
     is_target = np.memmap(folder / "targets.bin", bool, "r")
-    return of_part(tokens, is_target, source, index)
+    return Examples([(tokens, is_target, source)], index)

@@ -5,7 +5,6 @@ what is left is the names, the order of rows, and the tokenizer.
 """
 
 import re
-from pathlib import Path
 
 import tokenizers
 import torch
@@ -14,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from parrot.files.model_folder import read_config, write
 from parrot.files.tokenizer import Tokenizer
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 from parrot.system.disk import write_json
 
 FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their values must agree
@@ -24,6 +23,8 @@ FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their valu
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta", "vocab_size": "vocab_size"}
+EXPECTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm"}
 TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -34,8 +35,27 @@ TENSORS = {
 
 def import_gguf(path, folder):
     """Write the model of the GGUF file `path` into `folder`, in bfloat16; loading checks it."""
+    import gguf  # late: most runs never read one
+
     try:
-        _convert(path, Path(folder))
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        write_json(folder / "config.json", _config(fields))
+        config = read_config(folder)
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        tensors = {}
+        for tensor in reader.tensors:
+            name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+            if not name or name[2] not in TENSORS:
+                raise UserError(f"tensor {tensor.name} has no place in this architecture")
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            weight = torch.from_numpy(array.copy()).to(torch.bfloat16)
+            if name[2] in heads:
+                weight = unpermute(weight, heads[name[2]])
+            block = f"model.layers.{name[1]}." if name[1] else ""
+            tensors[f"{block}{TENSORS[name[2]]}.weight"] = weight
+        _write_tokenizer(fields, folder)
+        write(folder, config, tensors, Tokenizer(folder), fields.get("tokenizer.chat_template"))
     except (OSError, SafetensorError):  # the disk
         raise
     except UserError as error:
@@ -45,38 +65,15 @@ def import_gguf(path, folder):
         raise UserError(f"{path} is damaged or not a GGUF file of a Llama: {reason}") from None
 
 
-def _convert(path, folder):
-    import gguf  # late: most runs never read one
-
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    write_json(folder / "config.json", _config(fields))
-    config = read_config(folder)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
-    for tensor in reader.tensors:
-        name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-        if not name or name[2] not in TENSORS:
-            raise UserError(f"tensor {tensor.name} has no place in this architecture")
-        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if name[2] in heads:
-            weight = unpermute(weight, heads[name[2]])
-        block = f"model.layers.{name[1]}." if name[1] else ""
-        tensors[f"{block}{TENSORS[name[2]]}.weight"] = weight.to(torch.bfloat16)
-    _write_tokenizer(fields, folder)
-    write(folder, config, tensors, Tokenizer(folder), fields.get("tokenizer.chat_template"))
-
-
 def _config(fields):
     """The fields of a GGUF -> those of a config.json."""
-    if fields["general.architecture"] != "llama":
-        raise UserError(f"general.architecture is {fields['general.architecture']!r}, not 'llama'")
+    for name, expected in EXPECTED.items():
+        refuse(name, {f"is {fields[name]!r:.60}, not {expected!r}": fields[name] != expected})
     raw = {"model_type": "llama", "tie_word_embeddings": True}
     for name, value in fields.items():
-        if name.startswith("llama."):
-            ours = FIELDS.get(name.removeprefix("llama."))
-            if ours is None or raw.setdefault(ours, value) != value:  # or two fields disagree
-                raise UserError(f"{name} is {value!r:.60}, which is not supported")
+        ours = FIELDS.get(name.removeprefix("llama."))
+        if name.startswith("llama.") and (not ours or raw.setdefault(ours, value) != value):
+            raise UserError(f"{name} is {value!r:.60}, which is not supported")
     raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")  # a float32: 9.9999997e-06 was 1e-05
     return raw
 
@@ -92,9 +89,6 @@ def unpermute(weight, heads):
 
 def _write_tokenizer(fields, folder):
     """The GGUF's vocabulary and merges -> tokenizer.json."""
-    kind = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
-    if kind != ("gpt2", "smollm"):
-        raise UserError(f"its tokenizer is {kind}; only SmolLM's ('gpt2', 'smollm') is supported")
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))

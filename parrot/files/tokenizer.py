@@ -32,44 +32,28 @@ class Tokenizer:
             self.backend.encode_special_tokens = True  # what spells a special token stays text
             known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]
             self.backend.add_special_tokens(known)  # the file may not mark them as special
-            self._check(whole, known)
+            # What changes text, or joins it over the seams of chat.pieces_of, is refused.
+            model, text = self.backend.model, self.decode(self.encode(TRIAL))
+            is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
+            pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
+            tokens = [[self.control(piece)] if piece in known else self.encode(piece)
+                      for piece in pieces]
+            refuse(path, {
+                "is no byte-level BPE like SmolLM2's (or has dropout)":
+                    not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
+                f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
+                "makes other tokens of a conversation than of its pieces":
+                    IM_END in known and sum(tokens, []) != whole})
         except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # a panic of the library's Rust code is no Exception
             raise UserError(f"{path} is not a tokenizer that works here: {error}") from None
         self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # with holes
-        self.chat_template = self._read_chat_template()
-
-    def _check(self, whole, known):
-        """Refuse what changes text, or what joins text over the seams of chat.pieces_of."""
-        model, text = self.backend.model, self.decode(self.encode(TRIAL))
-        is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
-        pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
-        tokens = [[self.control(piece)] if piece in known else self.encode(piece)
-                  for piece in pieces]
-        refuse(self.folder / "tokenizer.json", {
-            "is no byte-level BPE like SmolLM2's (or has dropout)":
-                not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
-            f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
-            "makes other tokens of a conversation than of its pieces":
-                IM_END in known and sum(tokens, []) != whole})
-
-    def _read_chat_template(self):
-        path, template = self.folder / "tokenizer_config.json", None
-        if (self.folder / "chat_template.jinja").is_file():  # where newer folders keep it
-            path = self.folder / "chat_template.jinja"
-            template = path.read_text(encoding="utf-8", errors="replace")
-        elif path.is_file():
-            template = read_json(path).get("chat_template")
-        if template and (not isinstance(template, str) or not writes_our_turns(template)):
-            raise UserError(f"{path}: the chat template is no text, or does not write turns as "
-                            "chat.py does (<|im_start|>role, new line, text<|im_end|>, new line)")
-        return template or None
+        self.chat_template = read_chat_template(self.folder)
 
     def control(self, name: str) -> int:
         token = self.backend.token_to_id(name)
-        if token is None:
-            raise UserError(f"{self.folder} cannot chat: no token {name} (see --format plain)")
+        refuse(self.folder, {f"cannot chat: no token {name} (see --format plain)": token is None})
         return token
 
     def encode(self, text: str) -> list[int]:
@@ -89,14 +73,23 @@ class Tokenizer:
         return self.decode(tokens, with_control=True)
 
 
-def writes_our_turns(template):
-    """Whether a ChatML template says what chat.CHAT_TEMPLATE says; others are not for chats."""
-    code = template.replace("\\n", "\n").replace('"', "'")
+def read_chat_template(folder):
+    """The ChatML template of a folder if it says what chat.CHAT_TEMPLATE says, another, or None."""
+    path = folder / "chat_template.jinja"  # where newer folders keep it
+    if path.is_file():
+        template = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        path = folder / "tokenizer_config.json"
+        template = read_json(path).get("chat_template") if path.is_file() else None
+    code = str(template or "").replace("\\n", "\n").replace('"', "'")
     code = re.sub(r"message\.(role|content)", r"message['\1']", code)
     code = re.sub(r"\|trim|'\+'", "", re.sub("[ ()]", "", code))
     turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
     is_ours = turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
-    return is_ours or IM_START not in template
+    refuse(path, {"has a chat template that is no text": not isinstance(template or "", str),
+                  "has a chat template that writes turns otherwise than chat.py (<|im_start|>role, "
+                  "new line, text<|im_end|>, new line)": IM_START in code and not is_ours})
+    return template or None
 
 
 class StreamDecoder:

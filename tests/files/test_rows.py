@@ -87,7 +87,7 @@ def test_parquet_of_turns_and_of_dictionaries(tmp_path):
 
 
 BROKEN = {
-    "pretty.jsonl": (json.dumps(RECORDS[0], indent=1) + "\n" + json.dumps(RECORDS[1], indent=1), "each line has to hold one whole record"),
+    "pretty.jsonl": (json.dumps(RECORDS[0], indent=1) + "\n" + json.dumps(RECORDS[1], indent=1), "one record per line"),
     "torn.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "ended before"), "liar.jsonl.gz": (b"\x1f\x8b no gzip", "compress|method"),
     "half.jsonl": (LINES.encode("utf-16")[:-3], "codec|utf-16"), "torn.json": (json.dumps(RECORDS)[:-9], "cannot read|delimiter"),
     "deep.json": ("[" * 100_000, "recursion"), "quote.csv": ('prompt,completion\n"Q,A\n', "unexpected end"),
@@ -128,7 +128,7 @@ SETS = [  # files, split, the chosen ones, or the fault
     (["part1.jsonl.gz", "part2.jsonl.gz", "test.jsonl.gz"], "train", ["part1.jsonl.gz", "part2.jsonl.gz"]),
     (["train.CSV", "eval.CSV"], "train", ["train.CSV"]),
     (["constraints.jsonl"], "train", ["constraints.jsonl"]),
-    (["en/train.jsonl", "fr/train.jsonl"], "train", "several parts: choose one, as --data a set:en/train .fr/train"),
+    (["en/train.jsonl", "fr/train.jsonl"], "train", "several parts: choose one, as --data a set:en/train or fr/train"),
     (["en/train.jsonl", "fr/train.jsonl"], "fr/train", ["fr/train.jsonl"]),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train", "several parts"),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train_sft", ["train_sft-00000-of-00001.parquet"]),

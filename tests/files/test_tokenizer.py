@@ -167,5 +167,5 @@ def test_templates_that_are_taken(template, tiny_folder, tmp_path):
 def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(UserError, match="tokenizer_config.json: .*chat.template"):
+    with pytest.raises(UserError, match="tokenizer_config.json has a chat template that"):
         Tokenizer(tmp_path)

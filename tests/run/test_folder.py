@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from parrot.config import TrainConfig
 from parrot.files.examples import Examples
-from parrot.files.hub import DataFiles, Found, find_data
+from parrot.files.hub import Found, find_data
 from parrot.run import folder as run_folder
 from parrot.run.folder import Progress, RunFolder, check_same, describe
 from parrot.system import disk
@@ -302,9 +302,9 @@ def about(tiny_folder, records_file):
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
         examples = Examples.of([([1, 2, 3], [0, 0, 1])])
         return describe(SimpleNamespace(
-            config=config, sources={"weights": Found(weights, {"name": str(weights), "from": "a folder"}),
-                                    "data": DataFiles([data], {"name": str(data), "from": "a file"}),
-                                    "val_data": find_data(val_data) if val_data else DataFiles([], {"name": ""})},
+            config=config, sources={"weights": Found([weights / "config.json", weights / "model.safetensors"], {"name": str(weights), "from": "a folder"}),
+                                    "data": Found([data], {"name": str(data), "from": "a file"}),
+                                    "val_data": find_data(val_data) if val_data else Found([], {"name": ""})},
             notes=[f"1 bad: {data}:3: not JSON"], dtype=dtype, objective="", train_set=examples, val_set=examples,
             total_steps=3, max_tokens=9, compiled=False, model=tiny_model(), processes=Processes()))
     return about
@@ -316,7 +316,7 @@ def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
     config = json.loads(text)["config"]
     assert (config["weights"], config["data"], config["out"]) == (
         tiny_folder.name, "records.jsonl", "mine")
-    hub = Found(tiny_folder, {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
+    hub = Found([], {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
     assert run_folder.public_name(hub) == "llama"
 
 
