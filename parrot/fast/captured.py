@@ -1,8 +1,7 @@
 """sampling.logits_after, faster on a GPU: one step of writing, recorded once and replayed.
 
-For one new token a GPU has so little to do that it waits for the CPU to launch each of a thousand
-kernels. A CUDA graph launches them all at once. Not measured yet: no GPU was at hand.
-Held equal to the step-by-step form by tests/fast/test_captured.py.
+A new token is so little work that the GPU waits for the CPU to launch a thousand kernels; a CUDA
+graph launches them at once. Not measured: no GPU was at hand. Held equal by test_captured.py.
 """
 
 import torch
@@ -15,19 +14,17 @@ class CapturedStep:
         self.graph = None
 
     def __call__(self, model, cache, tokens):
+        """tokens (B,) -> logits (B, V) of the next ones."""
         if self.graph is None:
-            self._capture(model, cache, tokens)
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+            filled, side = cache.filled.clone(), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a first run sets up what may not be recorded
+                model.logits(model(self.tokens, cache.step()))
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = model.logits(model(self.tokens, cache.step()))
+            cache.filled.copy_(filled)  # nothing was written yet
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
-
-    def _capture(self, model, cache, tokens):
-        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
-        filled, side = cache.filled.clone(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a first run sets up what may not be recorded
-            model.logits(model(self.tokens, cache.step()))
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = model.logits(model(self.tokens, cache.step()))
-        cache.filled.copy_(filled)  # nothing was written yet
