@@ -6,6 +6,7 @@ two cores, after half a minute per process. Held equal by tests/fast/test_compil
 
 import torch
 
+from parrot.fast.tiles import Tiles
 from parrot.system.console import UserError, say
 from parrot.system.device import autocast
 
@@ -20,6 +21,7 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
     """
     if choice == "off" or (choice == "auto" and num_tokens < EARNED_BACK[model.device.type]):
         return False
+    Tiles.attend = torch.compiler.disable(Tiles.attend)  # here: it imports for a second
     for block in model.model.layers:
         block.forward = _compiled_in_training(block.forward)
     try:

@@ -43,7 +43,6 @@ class Tiles:
         self.places = cut(lengths)
         self.masks = [mask_of(document, *place) for place in self.places]  # once for all layers
 
-    @torch.compiler.disable
     def attend(self, q, k, v):
         """Causal attention within documents: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         with torch.autocast(q.device.type, enabled=False):  # its softmax would keep float32
