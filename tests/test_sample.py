@@ -150,7 +150,7 @@ def test_control_sequences_of_a_reply_are_shown_not_obeyed(ask, tiny_folder):
     for how in (["--model", tiny_folder], ["--model", tiny_folder, "--num-samples", 20],
                 ["--compare", tiny_folder, tiny_folder, "--num-samples", 20]):
         out = "".join(ask(*how, "--prompt", "Hi", "--temperature", 50, "--top-p", 1, "--seed", seed, "--max-new-tokens", 40)[1]
-                      for seed in range(6))
+                      for seed in range(2))
         assert "\\x" in out
         assert not [c for c in out if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
 
