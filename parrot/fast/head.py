@@ -31,7 +31,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients, by the chain rule times that of the sum."""
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad, grad_weight.mul_(grad), None
 

@@ -36,8 +36,6 @@ def cut(lengths):
 
 
 class Tiles:
-    """The tiles of documents of these lengths."""
-
     def __init__(self, lengths):
         document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
         self.places = cut(lengths)
