@@ -9,6 +9,8 @@ from pathlib import Path
 # start inherit it, so they compute with the same number of threads, to the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+os.fsync = lambda descriptor: None  # no test cuts the power, and a small run waits 100 times for it
+
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402

@@ -31,8 +31,8 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--learning-rate", "-1"], "--learning-rate: -1 must be above 0"),
-    (["--learning-rate", "nan"], "nan is not a finite number"),
+    (["--learning-rate", "-1"], "--learning-rate: -1.0 must be above 0"),
+    (["--learning-rate", "nan"], "nan must be above 0"), (["--learning-rate", "inf"], "inf must be below inf"),
     (["--epochs", "0"], "must be at least 1"),
     (["--epochs", "1.5"], "invalid int value"), (["--device", "tpu"], "invalid choice: 'tpu'"),
     (["--batch-size", "4", "--micro-batch-size", "8"],
@@ -89,7 +89,7 @@ def test_the_fields_of_base_classes_are_options_too(capsys):
     assert parse(Nested, ["a", "--share", "0.5", "--seed", "1"], "") == Nested(1, 0.5, ["a"])
     for argv, message in ([["a", "--share", "1.5"], "argument --share: 1.5 must be at most 1"],
                           [["a", "--seed", "-1"], "argument --seed: -1 must be at least 0"],
-                          [[], "the following arguments are required: MODEL"]):
+                          [[], "the following arguments are required: names"]):
         with pytest.raises(SystemExit):
             parse(Nested, argv, "")
         assert message in capsys.readouterr().err

@@ -1,19 +1,15 @@
 """Two machines that share no disk, as two processes with folders and caches of their own."""
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
-from conftest import ROOT, some_records
+from conftest import some_records
+from forked import Forked
 
 CODE = """
-import functools, os, signal, sys
-sys.path.insert(0, {root!r})
-import train
+import os, signal, train
 from parrot import training
 from parrot.config import TrainConfig
 from parrot.system.console import run_program
@@ -34,15 +30,13 @@ def run(folders, stop=False, resume=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = CODE.format(root=str(ROOT), stop=stop, resume=resume)
-    processes = []
+    code, processes = CODE.format(stop=stop, resume=resume), []
     for rank, folder in enumerate(folders):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(port), "XDG_CACHE_HOME": str(folder / "cache")}
-        processes.append(subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, **place},
-                                          stderr=subprocess.PIPE, text=True))
-    words = [process.communicate(timeout=120)[1] for process in processes]
-    return [process.returncode for process in processes], words
+        processes.append(Forked(code, cwd=folder, **place))
+    statuses, _, words = zip(*[process.finish() for process in processes])
+    return list(statuses), words
 
 
 def test_a_run_on_two_machines_resumes(tmp_path, tiny_folder):

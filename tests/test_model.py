@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from parrot import fast
 from parrot.attention import KVCache, Ribbon
 from parrot.model import Llama, rope_angles, rotate
 
@@ -20,16 +21,18 @@ def logits_of(model, tokens):
         return model.logits(model(tokens, Ribbon([len(tokens)])))
 
 
-def test_logits_on_the_real_weights(both_ways, q4_folder, tokenizer):
+def test_logits_on_the_real_weights(q4_folder, tokenizer, monkeypatch):
     model = Llama.load(q4_folder)
     reference = AutoModelForCausalLM.from_pretrained(q4_folder, dtype=torch.float32)
     for prompt in PROMPTS:
         tokens = torch.tensor(tokenizer.encode(prompt))
         with torch.no_grad():
             expected = reference(tokens[None]).logits[0]
-        ours = logits_of(model, tokens)
-        assert torch.allclose(ours, expected, atol=1e-3, rtol=0)
-        assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+        for enabled in (True, False):
+            monkeypatch.setattr(fast, "enabled", enabled)
+            ours = logits_of(model, tokens)
+            assert torch.allclose(ours, expected, atol=1e-3, rtol=0)
+            assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("tied", [True, False])

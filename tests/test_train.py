@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
 import torch
-from conftest import ROOT, some_records, tiny_model
+from conftest import some_records, tiny_model
+from forked import Forked
 from safetensors.torch import load_file
 from test_training import reference_loss
 from transformers import AutoModelForCausalLM
@@ -126,11 +126,12 @@ def test_same_seed_same_run_other_seed_other_order(config, tmp_path):
 
 # ---- interrupted and resumed
 
-def command(c, *more):
+def start(c, *more, **environment):
+    """train.py with these settings, in a process of its own."""
     flags = ["--weights", c.weights, "--data", c.data, "--out", c.out, "--epochs", c.epochs, "--batch-size", c.batch_size,
              "--learning-rate", c.learning_rate, "--val-fraction", c.val_fraction, "--eval-every", c.eval_every,
              "--save-every", c.save_every, "--dtype", c.dtype, "--device", "cpu", *more]
-    return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    return Forked("train.py", *flags, cwd=os.path.dirname(c.out), **environment)
 
 
 def wait_for_step(process, folder, step):
@@ -146,34 +147,35 @@ def wait_for_step(process, folder, step):
 
 def test_a_stopped_run_resumes_to_the_same_bytes(config, tmp_path):
     """By Ctrl-C first, and by what `kill` sends once it has gone on."""
-    c = config(epochs=20)
-    train.train(config(epochs=20, out=str(tmp_path / "whole")))
+    c = config(epochs=10)
+    train.train(config(epochs=10, out=str(tmp_path / "whole")))
     step = 0
     for number, status, flags in [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--resume"])]:
-        process = subprocess.Popen(command(c, *flags), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        wait_for_step(process, c.out, step + 13)
+        process = start(c, *flags)
+        wait_for_step(process, c.out, step + 7)
         process.send_signal(number)
-        told = process.communicate()[1]
-        assert process.returncode == status and "Traceback" not in told
+        exit_status, _, told = process.finish()
+        assert exit_status == status and "Traceback" not in told
         assert "to go on: python" in told and "train.py" in told and "--resume" in told
         step = len([line for line in metrics(c.out) if "train_loss" in line])
-        assert step < 80
-    done = subprocess.run(command(c, "--resume"), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        assert step < 40
+    status, _, told = start(c, "--resume").finish()
+    assert status == 0, told
     assert weights_of(c.out) == weights_of(tmp_path / "whole")
     assert metrics(c.out) == metrics(tmp_path / "whole")
 
 
 def test_a_run_that_nobody_listens_to_any_more_is_saved(config, tmp_path):
     """`2>&1 | tee log`, where tee dies of the same Ctrl-C."""
-    c = config(epochs=1000, save_every=100_000)
-    process = subprocess.Popen(command(c), stderr=subprocess.PIPE, cwd=tmp_path)
+    c = config(epochs=100, save_every=100_000)  # of 1,000 epochs, the blocks would be compiled
+    process = start(c)
     wait_for_step(process, c.out, 3)
     process.send_signal(signal.SIGSTOP)  # so that it cannot write before it has the signal
-    process.stderr.close()
+    process.readers[1].close()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    assert process.wait() == 130 and os.path.exists(os.path.join(c.out, "checkpoint"))
+    process.join()
+    assert process.exitcode == 130 and os.path.exists(os.path.join(c.out, "checkpoint"))
 
 
 def test_a_home_that_the_shell_did_not_expand(config, tmp_path, monkeypatch):
@@ -232,13 +234,16 @@ def test_interrupted_before_the_first_step(config, monkeypatch):
 
 @pytest.mark.parametrize("batch_size, epochs", [(32, 3), (1, 1)])
 def test_two_processes_give_the_run_of_one(batch_size, epochs, config, tmp_path):
-    """torchrun with gloo, a share of each step each; with one example a step, one of them has none."""
+    """With gloo, a share of each step each; with one example a step, one of them has none."""
     c = config(batch_size=batch_size, epochs=epochs)
     train.train(config(batch_size=batch_size, epochs=epochs, out=str(tmp_path / "one")))
     assert json.load(open(tmp_path / "one" / "run.json"))["examples"] == 33
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *command(c)[1:]],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [start(c, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    for status, _, told in [process.finish() for process in processes]:
+        assert status == 0, told
     for ours, theirs in zip(metrics(c.out), metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     one, two = (load_file(os.path.join(folder, "model.safetensors")) for folder in (tmp_path / "one", c.out))
@@ -343,8 +348,8 @@ def test_there_is_nothing_to_resume(config, tmp_path):
 def test_bad_data_from_the_command_line(config, tmp_path):
     c = config()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Q", "completion": "A"}\nnot json\n')
-    done = subprocess.run(command(config(data=str(tmp_path / "bad.jsonl"))), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "bad.jsonl:2: not JSON" in done.stderr and "Traceback" not in done.stderr
+    status, _, told = start(config(data=str(tmp_path / "bad.jsonl"))).finish()
+    assert status == 1 and "bad.jsonl:2: not JSON" in told and "Traceback" not in told
     assert not os.path.exists(c.out)
 
 

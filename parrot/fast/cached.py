@@ -1,8 +1,7 @@
-"""attention.Step, faster: one new token per sequence looks into the key/value cache.
+"""attention.Step, faster: query heads that share a key head are queries of one head.
 
-The H / K query heads that share a key head are queries of one head, so keys and values are not
-repeated; only the positions that are filled are read. On a CPU the cache is in float32: its small
-products are twice as fast as in bfloat16. Held equal by tests/fast/test_cached.py.
+So keys and values are not repeated, and only positions that are filled are read. On a CPU the
+cache is in float32: small products take half as long. Held equal by tests/fast/test_cached.py.
 """
 
 import torch
@@ -10,20 +9,22 @@ import torch.nn.functional as F
 
 
 def cache_dtype(model):
+    """The type of the keys and values that wait for the next token."""
     return torch.float32 if model.device.type == "cpu" else model.dtype
 
 
 class FastStep:
+    """The cache's next column: one new token per sequence, at `positions` (B,)."""
+
     def __init__(self, cache, positions):
-        self.positions = positions  # (B,)
         device, longest = positions.device, cache.keys.shape[3]
-        if device.type == "cpu":  # a GPU would have to wait, and a graph needs fixed shapes
+        is_cpu = device.type == "cpu"  # a GPU would have to wait, and a graph needs fixed shapes
+        if is_cpu:
             longest = int(positions.max()) + 1
-        rows = torch.arange(len(positions), device=device)
-        places = torch.arange(longest, device=device)
-        self.index = (rows, slice(None), positions)
+        rows, places = (torch.arange(n, device=device) for n in (len(positions), longest))
+        self.positions, self.index = positions, (rows, slice(None), positions)
         self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
-        if device.type == "cpu" and self.visible.all():  # as with replies to one prompt
+        if is_cpu and self.visible.all():  # as with replies to one prompt
             self.index, self.visible = (slice(None), slice(None), -1), None
         # All layers at once: 30 slices take longer.
         self.keys = cache.keys[:, :, :, :longest].unbind()

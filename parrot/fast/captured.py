@@ -1,8 +1,7 @@
 """sampling.logits_after, faster on a GPU: one step of writing, recorded once and replayed.
 
-For one new token a GPU has so little to do that it waits for the CPU to launch each of a thousand
-kernels. A CUDA graph launches them all at once. Not measured yet: no GPU was at hand.
-Held equal to the step-by-step form by tests/fast/test_captured.py.
+A new token is so little work that the GPU waits for the CPU to launch a thousand kernels; a CUDA
+graph launches them at once. Not measured: no GPU was at hand. Held equal by test_captured.py.
 """
 
 import torch

@@ -1,11 +1,8 @@
-"""training.loss_sum, faster: the last matrix and the cross-entropy as one operation.
+"""training.loss_sum, faster: the sum of F.cross_entropy(x @ weight.T, targets) in one operation.
 
-    head_loss(x, weight, targets) == F.cross_entropy(x @ weight.T, targets, reduction="sum")
-
-With 49,152 columns the logits are by far the largest tensors of a step. Here a piece of them is
-computed, turned into its own gradient, and forgotten before the next one: 40 ms for 1,024 rows,
-where F.cross_entropy and autograd take 65 to 250 (two cores, bfloat16) and the memory for all.
-Held equal to F.cross_entropy, forward and backward, by tests/fast/test_head.py.
+The logits are a step's largest tensors: here a piece of them becomes its own gradient and is
+forgotten. 1,024 rows take 40 ms, by autograd 65 to 250 (two cores, bfloat16) and the memory for
+all. Held equal, forward and backward, by tests/fast/test_head.py.
 """
 
 import torch
@@ -15,9 +12,11 @@ ROWS_IN_CACHE = 8  # the logits of so many rows fit in a CPU's caches
 
 
 class _HeadLoss(torch.autograd.Function):
+    """x (S, C), weight (V, C), targets (S,) -> the sum of the losses."""
+
     @staticmethod
     def forward(ctx, x, weight, targets):
-        """x (S, C), weight (V, C), targets (S,) -> the sum of the losses, and both gradients."""
+        """Computes both gradients, too, while the logits are there."""
         matrix = weight.detach().to(x.dtype)
         loss = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)

@@ -1,10 +1,8 @@
 """attention.attention over the documents of a ribbon, faster on a CPU: in tiles.
 
-A tile is up to 256 queries with all keys up to its end: several short documents, or a part of a
-long one. Its matrix products are large enough to be fast, small enough for the caches. One layer
-in two steps of Dolly (two cores, bfloat16) takes 0.19 s, with torch's own attention 0.62 s.
-Held equal to the formula, forward and backward, by tests/fast/test_tiles.py.
-
+A tile has up to 256 queries, of several short documents or a part of a long one, and all keys up
+to its end: large enough to be fast, small enough for the caches. 0.19 s for a layer in two steps of
+Dolly, with torch's attention 0.62 (two cores, bfloat16). Held equal by tests/fast/test_tiles.py.
 Shapes: as in attention.py, G = H / K; a tile has n queries and m keys.
 """
 
@@ -17,22 +15,21 @@ LONGEST = 2048  # tokens of a document, whose softmax is kept: 40 MB a layer in 
 
 
 def cut(lengths):
-    """Lengths of documents -> tiles (first key, first query, end), positions on the ribbon.
+    """Lengths of documents -> tiles [first key, first query, end], positions on the ribbon.
 
     >>> cut([100, 60, 300])  # two together; then one in halves, the second with the first's keys
-    [(0, 0, 160), (160, 160, 310), (160, 310, 460)]
+    [[0, 0, 160], [160, 160, 310], [160, 310, 460]]
     """
     tiles, start, room = [], 0, 0  # room: for queries in the last tile
     for length in lengths:
         end = start + length
         if length <= room:
-            first_key, first_query, _ = tiles[-1]
-            tiles[-1] = (first_key, first_query, end)
+            tiles[-1][2] = end
             room -= length
         else:
             parts = math.ceil(length / TILE)
             size = math.ceil(length / parts)
-            tiles += [(start, first, min(first + size, end)) for first in range(start, end, size)]
+            tiles += [[start, first, min(first + size, end)] for first in range(start, end, size)]
             room = TILE - length
         start = end
     return tiles
@@ -44,7 +41,6 @@ class Tiles:
         self.places = cut(lengths)
         self.masks = [mask_of(document, *place) for place in self.places]  # once for all layers
 
-    @torch.compiler.disable
     def attend(self, q, k, v):
         """Causal attention within documents: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         with torch.autocast(q.device.type, enabled=False):  # its softmax would keep float32
@@ -62,6 +58,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, places, masks):
+        """q (N, H, D), k and v (N, K, D) -> y (N, H, D)."""
         y, K, all_weights = torch.empty_like(q), k.shape[1], []
         result = by_key_head(y, K)  # the same memory
         q = by_key_head(q * q.shape[2] ** -0.5, K).contiguous()  # once, not once a tile
@@ -79,6 +76,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        """The gradient of y -> those of q, k and v."""
         q, k, v, *all_weights = ctx.saved_tensors
         grad_y = by_key_head(grad_y, len(k)).contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,12 +1,11 @@
 """A command line from a dataclass: each field is an option, with default, help and bounds."""
 
 import argparse
-import math
-import operator
-import typing
 from dataclasses import field, fields
+from operator import ge, gt, le, lt
+from typing import get_args
 
-BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+BOUNDS = {"above": gt, "at_least": ge, "at_most": le, "below": lt}
 
 
 def option(default, help, *, choices=None, may_change=False, **bounds):
@@ -23,31 +22,29 @@ def parse(config_class, argv, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for setting in fields(config_class):
         flag, choices = "--" + setting.name.replace("_", "-"), setting.metadata["choices"]
+        kind = (get_args(setting.type) or [setting.type])[0]  # int of int | None
         more = {"help": setting.metadata["help"].replace("%", "%%"), "default": setting.default}
         if setting.default is not None and setting.default is not False:
             more["help"] += f" (default {setting.default})"
-        if setting.type is bool:
-            parser.add_argument(flag, action="store_true", **more)
+        if kind is bool:
+            more["action"] = "store_true"
+        elif kind == list[str]:
+            more["nargs"] = "+"
         elif setting.type == list[str]:  # required, so it stands without a flag
-            parser.add_argument(setting.name, nargs="+", metavar="MODEL", **more)
-        elif list[str] in typing.get_args(setting.type):
-            parser.add_argument(flag, nargs="+", metavar="NAME", **more)
+            flag, more["nargs"] = setting.name, "+"
         else:
-            kind = (typing.get_args(setting.type) or [setting.type])[0]  # int of int | None
             metavar = None if choices else kind.__name__.upper()
-            parser.add_argument(flag, type=kind, choices=choices, metavar=metavar, **more)
+            more |= {"type": kind, "choices": choices, "metavar": metavar}
+        parser.add_argument(flag, **more)
     args = parser.parse_args(argv)
     if getattr(args, "quickstart", False):  # other defaults, which options beside it still override
-        parser.set_defaults(**config_class.QUICKSTART)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv, argparse.Namespace(**config_class.QUICKSTART))
     for setting in fields(config_class):
-        value, argument = getattr(args, setting.name), setting.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"argument --{argument}: {value} is not a finite number")
-        for name, bound in setting.metadata["bounds"].items():
-            if value is not None and not BOUNDS[name](value, bound):
-                fault = f"{value:g} must be {name.replace('_', ' ')} {bound}"
-                parser.error(f"argument --{argument}: {fault}")
+        value = getattr(args, setting.name)
+        for name, bound in {**setting.metadata["bounds"], "below": float("inf")}.items():
+            if isinstance(value, (int, float)) and not BOUNDS[name](value, bound):
+                parser.error(f"argument --{setting.name.replace('_', '-')}: {value} must be "
+                             f"{name.replace('_', ' ')} {bound}")
     config = config_class(**vars(args))
     for fault, is_so in getattr(config, "contradictions", dict)().items():
         if is_so:

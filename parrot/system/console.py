@@ -5,13 +5,14 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 import unicodedata
+from contextlib import suppress
 from itertools import zip_longest
 
 # On a CPU torch has no exception class for these: some come from oneDNN and from C++.
-NO_MEMORY = "out of memory|can't allocate memory|could not create a primitive|std::bad_alloc"
+NO_MEMORY = "MemoryError|out of memory|can't allocate memory|create a primitive|std::bad_alloc"
+STOPPING = b"\nstopping after this step (once more: at once, without saving)\n"
 
 
 class UserError(Exception):
@@ -67,17 +68,12 @@ def run_program(main):
         return main()
     except BrokenPipeError:  # `| head`: what shells show for it, 128 + SIGPIPE
         sys.exit(141)
-    except Interrupted as error:
-        line, status = error.args
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    except UserError as error:
+    except (Interrupted, KeyboardInterrupt) as error:
+        line, status = error.args or ("interrupted", 130)
+    except (UserError, OSError) as error:  # OSError: of a disk, a folder or a pipe
         line, status = f"error: {error}", 1
-    except OSError as error:  # a disk, a folder or a pipe
-        place = error.filename or "input or output"
-        line, status = f"error: {place}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+        if not re.search(NO_MEMORY, f"{type(error)} {error}"):
             raise  # a bug
         line, status = ("error: out of memory: lower --micro-batch-tokens in training, "
                         f"--num-samples or --max-new-tokens in sampling ({error!s:.100})"), 1
@@ -88,24 +84,15 @@ def run_program(main):
 
 
 class StopSignal:
-    """Notes Ctrl-C, SIGTERM or a hang-up: `status` becomes what to exit with.
-
-    The handler may interrupt a print, so a thread tells the user. A second signal ends the program.
-    """
+    """Notes Ctrl-C, SIGTERM or a hang-up in `status`, to exit with; a second one ends the run."""
 
     def __enter__(self):
-        self.status, self.ended = None, False
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-            signals.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self._note) for number in signals}
-        self.thread = threading.Thread(target=self._announce, daemon=True)
-        self.thread.start()
+        self.status, numbers = None, {1, 2, 15} & signal.valid_signals()  # Windows has no SIGHUP, 1
+        self.before = {number: signal.signal(number, self._note) for number in numbers
+                       if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
         return self
 
     def __exit__(self, *_):
-        self.ended = True
-        self.thread.join(1)  # it may be waiting for a stalled terminal
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -113,12 +100,8 @@ class StopSignal:
         if self.status is not None:
             raise KeyboardInterrupt
         self.status = 128 + number
-
-    def _announce(self):
-        while self.status is None and not self.ended:
-            time.sleep(0.2)
-        if self.status is not None:
-            say("\nstopping after this step (once more: at once, without saving)")
+        with suppress(OSError):  # not by print: the signal may have interrupted one
+            os.write(sys.stderr.fileno(), STOPPING)
 
 
 def printable(text):

@@ -22,30 +22,18 @@ def pick_device(name):
     """auto | cpu | cuda | mps -> torch.device; UserError where this machine has none that works."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     chosen = next(device for device in here if here[device]) if name == "auto" else name
-    if not here[chosen]:
-        raise UserError(f"--device {name}: this machine, or this build of torch, has no {name}")
-    if chosen != "cuda":
-        return torch.device(chosen)
-    index, count = torchrun_place()[2], torch.cuda.device_count()  # each process has its own GPU
-    if index >= count:
-        raise UserError(f"process {index} has no GPU of its own: this machine has {count}")
-    device = torch.device(chosen, index)
-    if fault := fault_of(device):
-        if name == "cuda":
-            raise UserError(f"--device cuda: the GPU does not compute: {fault}")
-        say(f"the GPU does not compute ({fault}): computing on the CPU")
-        return torch.device("cpu")
+    _, num_processes, index = torchrun_place()  # each process has its own GPU
+    device = torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of the cache
-    return device
-
-
-def fault_of(device):
-    """Why a device cannot compute, or "": torch may have no code for an old or a new card."""
     try:
-        torch.ones(1, device=device).add(1).item()
-        return ""
+        torch.ones(1, device=device).add(1).item()  # an old or a new card: torch may have no code
+        return device
     except Exception as error:
-        return f"{error!s:.200}".splitlines()[0]
+        fault = f"{device} does not compute: {error!s:.200}".splitlines()[0]
+    if name != "auto" or num_processes > 1:
+        raise UserError(f"--device {name}: {fault}")
+    say(f"{fault} (computing on the CPU)")
+    return torch.device("cpu")
 
 
 def multiplies_bfloat16(device):
@@ -70,14 +58,11 @@ def tokens_per_forward(model, dtype, longest=0):
     """
     if model.device.type != "cuda":
         return 1536  # on two cores 2048 took a fifth more memory, 1024 was 2% slower
-    # An estimate: weights, gradients and two moments in float32, 1 GB for logits, and for each
-    # token some 35 numbers of every layer's width.
-    fixed = 16 * sum(p.numel() for p in model.parameters()) + 1e9
-    config = model.config
-    per_token = 35 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
-    per_token += 12 * config.num_hidden_layers * config.num_attention_heads * longest
+    # Weights, gradients, two moments; 1 GB of logits; a token's some 35 numbers of a layer's width.
+    fixed, config = 16 * sum(p.numel() for p in model.parameters()) + 1e9, model.config
+    per_layer = 35 * config.hidden_size * dtype.itemsize + 12 * config.num_attention_heads * longest
     spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed
-    return int(min(16384, max(1024, spare / per_token)))
+    return int(min(16384, max(1024, spare / (config.num_hidden_layers * per_layer))))
 
 
 def send(tensor, device):

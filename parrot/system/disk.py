@@ -22,6 +22,7 @@ def read_json(path):
 
 
 def sha256_of(path):
+    """The digest of a file, in hex. UserError."""
     digest = hashlib.sha256()
     with open_to_read(path) as file:
         while block := file.read(1 << 20):
@@ -30,6 +31,7 @@ def sha256_of(path):
 
 
 def open_to_read(path):
+    """A file, opened for bytes. UserError."""
     if Path(path).is_fifo():  # reading would wait for a writer
         raise UserError(f"{path} is a pipe, not a file")
     try:
@@ -39,19 +41,19 @@ def open_to_read(path):
 
 
 def write_json(path, content):
+    """A JSON file, whole or not at all."""
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def replace_text(path, text):
-    data = text.encode("utf-8", "backslashreplace")  # lone surrogates, as in names of files
-    replace_file(path, lambda temporary: temporary.write_bytes(data))
+    """A file in UTF-8; lone surrogates, as in names of files, are escaped."""
+    replace_file(path, lambda file: file.write_text(text, "utf-8", "backslashreplace", "\n"))
 
 
 def replace_file(path, write):
     """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
 
-    Even after a power cut, `path` is the old file or the new one. The temporary name is random:
-    nobody can have put a symbolic link there.
+    Even after a power cut, `path` is the old file or the new one. Nobody can guess the other path.
     """
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed

@@ -1,7 +1,7 @@
 """Several processes, one result: `torchrun --nproc_per_node=2 train.py ...`
 
-Each process computes a share of every step's ribbons. Losses are sums, divided once by one count,
-so the sum of all processes' gradients is the gradient of a single process.
+Each process computes a share of every step's ribbons. Losses are sums, divided once by one count:
+the sum of all processes' gradients is the gradient of a single process.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Packed weights: the same hidden states, logits and replies as the plain ones."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -54,19 +55,23 @@ def test_the_same_logits_for_any_shape(heads, kv_heads, tied, kind, monkeypatch)
     assert ours.device.type == "cpu" and ours.dtype == (dtype if multiplies_bfloat16(CPU) else torch.float32)
 
 
-def test_the_real_model_writes_the_same_reply(q4_folder, kind):
-    dtype, many = kind
-    plain, tokenizer = assistant.load(q4_folder, dtype if multiplies_bfloat16(CPU) else torch.float32, CPU)
+def reply_of(model, tokenizer):
     prompt = tokenizer.encode("The capital of France is")
-    ours = packed.pack(assistant.load(q4_folder, dtype, CPU)[0], many)
-    expected, reply = (list(generate(model, [prompt], {0, 2}, max_new_tokens=24, temperature=0, top_p=1))
-                       for model in (plain, ours))
-    assert reply == expected and len(expected) == 24
+    return list(generate(model, [prompt], {0, 2}, max_new_tokens=24, temperature=0, top_p=1))
 
 
-def test_one_reply_keeps_the_weights_in_16_bits(q4_folder, kind):
+@functools.cache
+def plain_reply(folder, dtype):
+    return reply_of(*assistant.load(folder, dtype, CPU))
+
+
+def test_the_real_model_writes_the_same_reply(q4_folder, kind):
+    """And one reply keeps the weights in their type."""
     dtype, many = kind
-    model = packed.pack(assistant.load(q4_folder, dtype, CPU)[0], many)
+    expected = plain_reply(q4_folder, dtype if multiplies_bfloat16(CPU) else torch.float32)
+    model, tokenizer = assistant.load(q4_folder, dtype, CPU)
+    model = packed.pack(model, many)
+    assert reply_of(model, tokenizer) == expected and len(expected) == 24
     if not many:
         kept = [layer.weight.dtype for block in model.blocks for layer in vars(block).values()]
         assert set(kept) == {dtype} and all(layer.packed is None for layer in vars(model.blocks[0]).values())

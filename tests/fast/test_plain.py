@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_replies_plain_or_not(q4_folder, monkeypatc
     """The real model, sampled: random numbers are drawn alike, and rounding differs too little to show."""
     replies = []
     for flags in ([], ["--plain"]):
-        run(monkeypatch, sample.main, "--model", q4_folder, "--prompt", "Name a color.", "--seed", 1, "--num-samples", 3,
-            "--max-new-tokens", 16, "--dtype", "float32", *flags)
+        run(monkeypatch, sample.main, "--model", q4_folder, "--prompt", "Name a color.", "--seed", 1, "--num-samples", 2,
+            "--max-new-tokens", 10, "--dtype", "float32", *flags)
         replies.append(capsys.readouterr().out)
-    assert replies[0] == replies[1] and replies[0].count("[") == 3
+    assert replies[0] == replies[1] and replies[0].count("[") == 2

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from forked import Forked
 
 from parrot.system.console import UserError
 from parrot.system.distributed import Processes, torchrun_place
@@ -59,11 +60,8 @@ def together(body, size=2):
     for rank in range(size):
         place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                                        env={**os.environ, **place}, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE))
-    printed = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, *texts) for process, texts in zip(started, printed, strict=True)]
+        started.append(Forked(code, cwd=ROOT, **place))
+    return [process.finish() for process in started]
 
 
 SUMS = """
@@ -76,14 +74,14 @@ print(numbers, model.weight.grad.tolist(), model.bias.grad.tolist())
 processes.check_same("data", {"a": "b"})
 print(processes.sum(2**24 + 1, 1), processes.largest(processes.rank * 130 or None))
 with processes.one_after_the_other():
-    print(os.path.exists(sys.argv[0]))
+    print("one after the other")
 processes.close()"""
 
 
 @several
 def test_two_processes_add_up():
     whole = ("[21.0, 1.0] [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]] [1.0, 2.0]\n"
-             "[33554434.0, 2.0] 130\nFalse\n")
+             "[33554434.0, 2.0] 130\none after the other\n")
     assert together(SUMS) == [(0, whole, "")] * 2
 
 
