@@ -5,14 +5,13 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
-from contextlib import suppress
 from itertools import zip_longest
 
 # On a CPU torch has no exception class for these: some come from oneDNN and from C++.
 NO_MEMORY = "MemoryError|out of memory|can't allocate memory|create a primitive|std::bad_alloc"
-STOPPING = b"\nstopping after this step (once more: at once, without saving)\n"
 
 
 class UserError(Exception):
@@ -70,8 +69,11 @@ def run_program(main):
         sys.exit(141)
     except (Interrupted, KeyboardInterrupt) as error:
         line, status = error.args or ("interrupted", 130)
-    except (UserError, OSError) as error:  # OSError: of a disk, a folder or a pipe
+    except UserError as error:
         line, status = f"error: {error}", 1
+    except OSError as error:  # of a disk, a folder or a pipe
+        place = error.filename or "input or output"
+        line, status = f"error: {place}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, f"{type(error)} {error}"):
             raise  # a bug
@@ -87,9 +89,11 @@ class StopSignal:
     """Notes Ctrl-C, SIGTERM or a hang-up in `status`, to exit with; a second one ends the run."""
 
     def __enter__(self):
-        self.status, numbers = None, {1, 2, 15} & signal.valid_signals()  # Windows has no SIGHUP, 1
+        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))  # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names]
         self.before = {number: signal.signal(number, self._note) for number in numbers
                        if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
+        self.status = None
         return self
 
     def __exit__(self, *_):
@@ -100,8 +104,9 @@ class StopSignal:
         if self.status is not None:
             raise KeyboardInterrupt
         self.status = 128 + number
-        with suppress(OSError):  # not by print: the signal may have interrupted one
-            os.write(sys.stderr.fileno(), STOPPING)
+        # A thread: the signal may have interrupted a print, and the terminal may be stalled.
+        text = "\nstopping after this step (once more: at once, without saving)"
+        threading.Thread(target=say, args=[text], daemon=True).start()
 
 
 def printable(text):
