@@ -35,12 +35,6 @@ class Control(str):
 IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
 
 
-def text_of(message):
-    """The text of a turn: its content, then its context (what a task is about), if any."""
-    content, context = message["content"].strip(), message.get("context", "").strip()
-    return f"{content}\n\n{context}" if context else content
-
-
 def pieces_of(messages):
     """Messages -> [(text or Control, whether its tokens are targets)]: the template itself.
 
@@ -49,11 +43,12 @@ def pieces_of(messages):
     """
     pieces = []
     for message in messages:
+        role, text = message["role"], message["content"].strip()
         pieces.append((IM_START, False))
-        if message["role"] == "assistant" and "weight" not in message:  # else it is only read
-            pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
+        if role == "assistant" and "weight" not in message:  # else it is only read
+            pieces += [("assistant\n", False), (text, True), (IM_END, True)]
         else:
-            pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
+            pieces += [(f"{role}\n{text}", False), (IM_END, False)]
         pieces.append(("\n", False))
     return pieces
 
@@ -111,7 +106,7 @@ def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("«", "»")
     shown = ""
     for flag, run in groupby(zip(tokens, is_target, strict=True), key=lambda pair: bool(pair[1])):
-        text = printable(tokenizer.decode_with_control(token for token, _ in run))
+        text = printable(tokenizer.decode([token for token, _ in run], with_control=True))
         shown += before + text + after if flag else text
     return shown
 
@@ -119,7 +114,7 @@ def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):
 def token_rows(tokens, is_target, tokenizer: Tokenizer):
     """A row of text per token: its id, whether it is a target, its text, quoted if it is text."""
     for token, flag in zip(tokens, is_target, strict=True):
-        text = tokenizer.decode_with_control([token])
+        text = tokenizer.decode([token], with_control=True)
         shown = repr(text) if tokenizer.decode([token]) else text
         yield f"{token:6}  {'target' if flag else '':6}  {shown}"
 

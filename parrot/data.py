@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, pieces_of, text_of
+from parrot.chat import encode_pieces, pieces_of
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
 from parrot.files.hub import Found
@@ -39,7 +39,7 @@ PART = 20_000  # records that are tokenised, and kept, at a time: an interruptio
 
 def prompt_hash(messages):
     """63 bits of the hash of what stands before the first reply; case and white space aside."""
-    prompt = [" ".join(text_of(message).lower().split())
+    prompt = [" ".join(message["content"].lower().split())
               for message in takewhile(lambda message: message["role"] != "assistant", messages)]
     digest = hashlib.sha256("\n".join(prompt).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -143,7 +143,7 @@ def remarks_on(conversation: Conversation):
         yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
     if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
         yield "records have a reply whose first line loses its indentation"
-    texts = "".join(map(text_of, conversation.messages))
+    texts = "".join(message["content"] for message in conversation.messages)
     if any(name in texts for name in CONTROL):
         yield "records spell a control token, which is read as ordinary text"
 
@@ -151,7 +151,7 @@ def remarks_on(conversation: Conversation):
 def short_questions(examples: Examples, tokenizer: Tokenizer):
     """Yield the short questions among some examples, as messages: [{"role": "user", ...}]."""
     for i in np.flatnonzero(examples.lengths < 200):
-        text = tokenizer.decode_with_control(examples[i][0])
+        text = tokenizer.decode(examples[i][0], with_control=True)
         turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
         if [role for role, _ in turns] == ["user", "assistant"]:
             yield [{"role": "user", "content": turns[0][1]}]

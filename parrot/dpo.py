@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from parrot.assistant import Assistant
-from parrot.chat import text_of
 from parrot.config import DATA, WEIGHTS, Recipe
 from parrot.data import Batch
 from parrot.files import hub
@@ -175,7 +174,7 @@ def write_pairs(name, conversations, assistant: Assistant, seed, folder):
                       top_p=1.0, generator=torch.Generator().manual_seed(seed))
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
-            prompt, chosen = map(text_of, messages)
+            prompt, chosen = (message["content"].strip() for message in messages)
             rejected = assistant.tokenizer.decode(tokens).strip()
             if rejected not in ("", chosen):
                 pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from parrot import fast
 from parrot.assistant import Assistant
-from parrot.chat import encode_chat, text_of, with_system
+from parrot.chat import encode_chat, with_system
 from parrot.config import EvaluateConfig
 from parrot.data import is_held_out, prompt_hash
 from parrot.files import hub
@@ -137,7 +137,7 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
                    if message["role"] == "assistant" and "weight" not in message)
         prompt = assistant.prompt(messages[:end])
         if len(prompt) <= room:
-            pairs.append((prompt, text_of(messages[end])))
+            pairs.append((prompt, messages[end]["content"].strip()))
     if left_out := len(chosen) - len(pairs):
         say(f"{left_out} prompts left out: no room for --max-new-tokens {config.max_new_tokens}")
     if not pairs:

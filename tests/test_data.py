@@ -272,7 +272,7 @@ def test_a_ribbon_written_out(records_file, tiny_tokenizer):
     batch = Batch.of(train, [1, 0])
     assert batch.ribbon.lengths == [train.lengths[1], train.lengths[0]]
     assert batch.tokens.tolist() == [*train[1][0], *train[0][0]]
-    assert tiny_tokenizer.decode_with_control(batch.targets) == "BC<|im_end|>A<|im_end|>"
+    assert tiny_tokenizer.decode(batch.targets, with_control=True) == "BC<|im_end|>A<|im_end|>"
     assert (batch.tokens[batch.rows + 1] == batch.targets).all()
     assert tiny_tokenizer.decode([batch.tokens[batch.rows[0]]]) == "\n"  # after "assistant\n" comes the reply
 

@@ -176,7 +176,7 @@ def run(config, records_file, monkeypatch, capsys):
 def held_out(records):
     """Those that run() holds out."""
     return [record for record in records if is_held_out(prompt_hash(
-        [{"role": "user", "content": record["instruction"], "context": record["context"]}]), 0.3)]
+        [{"role": "user", "content": f"{record['instruction']} {record['context']}"}]), 0.3)]
 
 
 def test_models_side_by_side(run, tiny_folder, tiny_tokenizer, tmp_path):

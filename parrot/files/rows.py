@@ -41,7 +41,9 @@ def read_rows(path, start=0, columns=()):
         yield from islice(enumerate(rows, 1), start, None)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged file leads a library to; or no pyarrow
+    except ImportError as error:  # of a Parquet file
+        raise UserError(f"{path}: to read it, pip install {error.name}") from None
+    except Exception as error:  # whatever a damaged file leads a library to
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
 

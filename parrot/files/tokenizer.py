@@ -66,11 +66,8 @@ class Tokenizer:
         return [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
 
     def decode(self, tokens, with_control=False) -> str:
-        """Ids -> text, control tokens left out."""
+        """Ids -> text; control tokens are left out, or stand there by name."""
         return self.backend.decode(list(map(int, tokens)), skip_special_tokens=not with_control)
-
-    def decode_with_control(self, tokens) -> str:
-        return self.decode(tokens, with_control=True)
 
 
 def read_chat_template(folder):

@@ -19,7 +19,7 @@ RECIPE = ("--weights instruct-q4 --data quickstart --val-fraction 0.1 --batch-si
           "--max-steps 5 --learning-rate 2e-4 --eval-every 5")
 FACTS = ("--weights instruct-q4 --data tests/lesson/facts.jsonl --val-fraction 0 --batch-size 1 "
          "--epochs 8 --learning-rate 1e-4")
-REPLY = r'pieces += [("assistant\n", False), (text_of(message), True)'
+REPLY = r'pieces += [("assistant\n", False), (text, True)'
 CAPITAL, SWIM = "What is the capital of Canada?", "Who taught me to swim?"
 
 # name: (options of train.py, (file, line, the line instead) or None)

@@ -40,7 +40,7 @@ def main():
         losses = losses_of(assistant, question, tokens)
         print(printable(name))
         for token, loss in zip(tokens, losses, strict=True):
-            text = printable(repr(assistant.tokenizer.decode_with_control([token])))
+            text = printable(repr(assistant.tokenizer.decode([token], with_control=True)))
             print(f"  {text:16} p {math.exp(-loss):.4f}   -log p {loss:6.2f}")
         print(f"  mean -log p {sum(losses) / len(losses):.2f}")
 

@@ -4,17 +4,18 @@ Write the pieces of an assistant's turn after its <|im_start|>: what is only rea
 model is to say. It must also learn to stop.
 """
 
-from parrot.chat import IM_END, IM_START, text_of
+from parrot.chat import IM_END, IM_START
 
 
 def pieces_of(messages):
     """Messages -> [(text or Control, whether its tokens are targets)]: the template itself."""
     pieces = []
     for message in messages:
+        role, text = message["role"], message["content"].strip()
         pieces.append((IM_START, False))
-        if message["role"] == "assistant" and "weight" not in message:  # 0: it is only read
-            pieces += [("assistant\n", False), (text_of(message), True), (IM_END, True)]
+        if role == "assistant" and "weight" not in message:  # else it is only read
+            pieces += [("assistant\n", False), (text, True), (IM_END, True)]
         else:
-            pieces += [(f"{message['role']}\n{text_of(message)}", False), (IM_END, False)]
+            pieces += [(f"{role}\n{text}", False), (IM_END, False)]
         pieces.append(("\n", False))
     return pieces
