@@ -43,6 +43,8 @@ from parrot.training import held_out_batches, token_losses
 from train import train
 
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
+# As sample.py writes by default, but for the repetition penalty: loops are to be unlearned.
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256}
 
 
 @dataclass
@@ -160,7 +162,7 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         some = conversations[start:start + AT_ONCE]
-        recipe = json.dumps([name, seed, some, list(weights.hashes.values())])
+        recipe = json.dumps([name, seed, some, SAMPLING, *weights.hashes.values()])
         key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
         make = partial(write_pairs, name, some, assistant, seed)
         files.append(kept(f"self-play/{key}", make) / name)
@@ -170,8 +172,8 @@ def self_play(config: PreferenceConfig) -> hub.Found:
 def write_pairs(name, conversations, assistant: Assistant, seed, folder):
     """Pairs of which the data's reply is chosen, and a sample of the model is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
-    samples = replies(assistant.model, prompts, assistant.stop, max_new_tokens=256, temperature=1.0,
-                      top_p=1.0, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    samples = replies(assistant.model, prompts, assistant.stop, generator=generator, **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)
