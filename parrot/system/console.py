@@ -89,11 +89,10 @@ class StopSignal:
     """Notes Ctrl-C, SIGTERM or a hang-up in `status`, to exit with; a second one ends the run."""
 
     def __enter__(self):
-        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))  # Windows has no SIGHUP
-        numbers = [getattr(signal, name) for name in names]
-        self.before = {number: signal.signal(number, self._note) for number in numbers
-                       if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
-        self.status = None
+        self.status, signals = None, [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signals.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(self, *_):

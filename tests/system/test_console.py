@@ -130,7 +130,10 @@ def test_a_signal_while_the_terminal_is_stalled():
         time.sleep(0.5)  # by now it waits for its full pipe
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-        _, printed = process.communicate(timeout=60)
+        try:
+            _, printed = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert printed.count("at once, without saving)") == 1, printed[-500:]
     assert printed.endswith("\nsaved\n"), printed[-500:]
