@@ -45,10 +45,11 @@ def describe(run):
         config[option] = Path(config[option] or "").name
     for kind, found in run.sources.items():
         config[kind] = public_name(found)
-        hashes = {Path(path).name: sha256 for path, sha256 in found.hashes.items()}
-        sources[kind] = {**found.origin, "name": config[kind], "files": hashes}
-        for path in found.hashes:
-            notes = [note.replace(str(path), Path(path).name) for note in notes]
+        files = {}
+        for path, sha256 in found.hashes.items():
+            files[f"{path.name} ({len(files)})" if path.name in files else path.name] = sha256
+            notes = [note.replace(str(path), path.name) for note in notes]
+        sources[kind] = {**found.origin, "name": config[kind], "files": files}
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     return {"config": config, **sources, "notes": notes, "objective": run.objective,
             "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,

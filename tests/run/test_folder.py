@@ -320,6 +320,15 @@ def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
     assert run_folder.public_name(hub) == "llama"
 
 
+def test_files_of_the_same_name_are_all_told(about, tmp_path):
+    paths = [tmp_path / name / "x.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(str(path))
+    files = about(val_data=list(map(str, paths)))["val_data"]["files"]
+    assert list(files) == ["x.jsonl", "x.jsonl (1)"] and len(set(files.values())) == 2
+
+
 def test_resuming_compares_what_was_computed(about, tmp_path):
     """bfloat16 that became float32 is float32, on whatever machine and by whatever name."""
     path = tmp_path / "run.json"
