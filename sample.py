@@ -26,6 +26,7 @@ from parrot.system.device import pick
 
 
 def main():
+    """The command: replies on stdout, everything else on stderr."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
