@@ -102,7 +102,7 @@ def preference_margins(model, batch: PairBatch, dtype):
     return sums[1::2] - sums[0::2]
 
 
-def preference_measures(model, batch: PairBatch, dtype):
+def preference_terms(model, batch: PairBatch, dtype):
     """The loss, r(chosen) - r(rejected), and whether that is above 0, of each pair (3, P)."""
     rewards = batch.beta * (preference_margins(model, batch, dtype) - batch.reference)
     return torch.stack([-F.logsigmoid(rewards), rewards, (rewards > 0).float()])
@@ -119,13 +119,13 @@ def preference_loss(model, batch: PairBatch, dtype):
     >>> rewards.grad
     tensor([-0.8808, -0.5000, -0.1192])
     """
-    return preference_measures(model, batch, dtype)[0].sum()
+    return preference_terms(model, batch, dtype)[0].sum()
 
 
 class PreferenceTrainer(Trainer):
     objective = "Direct Preference Optimization (arXiv:2305.18290) against the starting weights"
-    batch_type, measure = PairBatch, staticmethod(preference_measures)
-    measures = ("val_loss", "val_margin", "val_accuracy")  # the margin of the rewards
+    batch_type, terms_of = PairBatch, staticmethod(preference_terms)
+    names = ("val_loss", "val_margin", "val_accuracy")  # the margin of the rewards
 
     def find_data(self):
         return super().find_data() if self.config.data else self_play(self.config)

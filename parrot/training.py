@@ -71,18 +71,18 @@ def held_out_batches(examples: Examples, max_tokens, device, title, share=list, 
 
 @torch.no_grad()
 def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
-                   should_stop=lambda: False, batch_type=Batch, measure=token_losses,
+                   should_stop=lambda: False, batch_type=Batch, terms_of=token_losses,
                    names=("val_loss",)):
     """{"val_loss": mean over all targets, in nats}; None where `should_stop()` turned true.
 
-    parrot.dpo has other batches, and a `measure` with a row for each of its names.
+    parrot.dpo has other batches, whose terms have a row for each of its names.
     """
     sums, num_terms = torch.zeros(len(names), dtype=torch.float64), 0
     for _, batch in held_out_batches(examples, max_tokens, model.device, "evaluating",
                                      processes.share, batch_type):
         if should_stop():
             break
-        sums += measure(model, batch, dtype).sum(-1).cpu()
+        sums += terms_of(model, batch, dtype).sum(-1).cpu()
         num_terms += batch.num_terms
     *sums, num_terms, stopped = processes.sum(*sums.tolist(), num_terms, bool(should_stop()))
     means = (total / num_terms for total in sums)

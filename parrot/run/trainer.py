@@ -30,7 +30,8 @@ QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
 class Trainer:
     """What a run consists of. parrot.dpo trains on pairs: it replaces these and the data."""
     objective = "the loss of each token of the replies and of their end"
-    batch_type, measure, measures = data.Batch, staticmethod(token_losses), ("val_loss",)
+    batch_type, names = data.Batch, ("val_loss",)
+    terms_of = staticmethod(token_losses)  # their means over what is held out have these names
 
     def __init__(self, config: TrainConfig, loss_sum):
         self.config, self.loss_sum, self.processes = config, loss_sum, Processes()
@@ -192,7 +193,7 @@ class Trainer:
         values = len(self.val_set) and held_out_means(
             self.model, self.val_set, self.max_tokens, self.dtype, self.processes,
             lambda: self.stop.status and progress.step < self.total_steps,
-            self.batch_type, self.measure, self.measures)
+            self.batch_type, self.terms_of, self.names)
         if not values:
             return
         progress.seconds += time.perf_counter() - started
