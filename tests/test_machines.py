@@ -21,7 +21,7 @@ def loss_sum(*args):
     return training.loss_sum(*args)
 run_program(lambda: train.train(TrainConfig(
     weights="model", data="data.jsonl", out="out", epochs=1, batch_size=8, learning_rate=1e-2, val_fraction=0.2,
-    dtype="float32", device="cpu", resume={resume}), loss_sum=loss_sum))
+    dtype="float32", device="cpu", micro_batch_tokens=1536, resume={resume}), loss_sum=loss_sum))
 """
 
 

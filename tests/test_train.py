@@ -316,10 +316,10 @@ def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
     monkeypatch.setattr(train, "train", functools.partial(train.train, loss_sum=lambda *args: calls.append(1) or (
         training.loss_sum(*args) + (float("nan") if len(calls) == 6 else 0))))
     with pytest.raises(UserError, match="step 6: the loss is nan.*state.safetensors is whole"):
-        train.train(config())
+        train.train(config(micro_batch_tokens=1536))
     monkeypatch.undo()
-    train.train(config(resume=True))
-    train.train(config(out=config().out + "-whole"))
+    train.train(config(micro_batch_tokens=1536, resume=True))
+    train.train(config(micro_batch_tokens=1536, out=config().out + "-whole"))
     assert weights_of(config().out) == weights_of(config().out + "-whole")
 
 
