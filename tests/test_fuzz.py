@@ -2,7 +2,7 @@
 
 A few seeds of each format run with the tests. For longer:
 
-    FUZZ_SECONDS=600 python -m pytest -m long tests/test_fuzz.py -s
+    FUZZ_SECONDS=600 FUZZ_SEED=1000 python -m pytest -m long tests/test_fuzz.py -s
 """
 
 import csv
@@ -143,7 +143,8 @@ def test_a_damaged_file_loads_or_is_one_line(name, whole, tmp_path, tiny_tokeniz
 @pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files(name, whole, tmp_path, tiny_tokenizer):
-    until, seed, loaded, faults = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", "60")) / len(FORMATS), 1000, 0, []
+    first = seed = int(os.environ.get("FUZZ_SEED", "1000"))
+    until, loaded, faults = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", "60")) / len(FORMATS), 0, []
     while time.monotonic() < until:
         seed += 1
         try:
@@ -152,5 +153,5 @@ def test_many_damaged_files(name, whole, tmp_path, tiny_tokenizer):
             if isinstance(error, KeyboardInterrupt):
                 raise
             faults.append(f"{seed}: {type(error).__name__}: {error!s:.200}")
-    print(f"\n{name}: {seed - 1000} tried, {loaded} loaded, {len(faults)} faults")
+    print(f"\n{name}: {seed - first} tried, {loaded} loaded, {len(faults)} faults")
     assert not faults, faults[:10]
