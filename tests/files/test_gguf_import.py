@@ -2,6 +2,7 @@
 
 
 import json
+import struct
 
 import gguf
 import numpy as np
@@ -93,14 +94,12 @@ def test_layers_that_differ_are_refused_by_field(tmp_path):
 
 def test_biases_are_refused_by_name(gguf_file, tmp_path, monkeypatch):
     """A q with a bias, as Qwen has it."""
-    read = gguf.GGUFReader
-
-    def with_a_bias(path):
-        reader = read(path)
-        norm = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_norm.weight")
-        reader.tensors.append(norm._replace(name="blk.0.attn_q.bias"))
-        return reader
-    monkeypatch.setattr(gguf, "GGUFReader", with_a_bias)
+    class WithABias(gguf.GGUFReader):
+        def __init__(self, path):
+            super().__init__(path)
+            norm = next(tensor for tensor in self.tensors if tensor.name == "blk.0.attn_norm.weight")
+            self.tensors.append(norm._replace(name="blk.0.attn_q.bias"))
+    monkeypatch.setattr(gguf, "GGUFReader", WithABias)
     with pytest.raises(UserError, match="Q4_1.gguf: tensor blk.0.attn_q.bias has no place"):
         import_gguf(gguf_file, tmp_path)
 
@@ -201,3 +200,12 @@ def test_whatever_the_fields_hold_it_loads_or_is_refused(data, tiny_tokenizer, t
         assistant.load(folder / "model")
     except UserError as error:
         assert str(error).startswith(str(folder)) and "\n" not in str(error)
+
+
+def test_a_list_that_claims_more_than_the_file_holds(tmp_path):
+    """The library reads on behind the end of the file; with 2^40 numbers it would not come back."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    field = struct.pack("<Q", 4) + b"list" + struct.pack("<IIQ", 9, 4, 2**40) + bytes(40)
+    (tmp_path / "long.gguf").write_bytes(header + field)
+    with pytest.raises(UserError, match="long.gguf is damaged .* ends too early"):
+        import_gguf(tmp_path / "long.gguf", tmp_path)
