@@ -33,8 +33,7 @@ def main():
     if config.compare:
         texts = [f"{name}\n\n{reply(load(name, config), question, config)}"
                  for name in config.compare]
-        width = shutil.get_terminal_size().columns
-        print(side_by_side([printable(text) for text in texts], width))
+        print(side_by_side(list(map(printable, texts)), shutil.get_terminal_size().columns))
         return
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:

@@ -131,6 +131,7 @@ class PreferenceTrainer(Trainer):
         return super().find_data() if self.config.data else self_play(self.config)
 
     def load_data(self):
+        """Pairs to train on, held-out Pairs, remarks; what the reference says of them is cached."""
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:

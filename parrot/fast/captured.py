@@ -1,7 +1,7 @@
 """sampling.logits_after, faster on a GPU: one step of writing, recorded once and replayed.
 
 A new token is so little work that the GPU waits for the CPU to launch a thousand kernels; a CUDA
-graph launches them at once. Not measured: no GPU was at hand. Held equal by test_captured.py.
+graph launches them at once. Not measured: no GPU. Held equal by tests/fast/test_captured.py.
 """
 
 import torch
@@ -17,7 +17,7 @@ class CapturedStep:
         if self.graph is None:
             self._capture(model, cache)
             self.rows = torch.arange(len(self.tokens), device=tokens.device)
-        self.rows = self.rows[running]
+        self.rows = self.rows[running]  # the places of the running replies in the graph
         self.tokens[self.rows] = tokens
         self.graph.replay()
         return self.logits[self.rows]

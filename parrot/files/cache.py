@@ -31,7 +31,7 @@ def source_hash(*sources) -> str:
 
 
 def kept(name: str, make, at_most: int = 1000) -> Path:
-    """The folder `name` of the cache, made by `make(folder)`, whole or not; the newest stay."""
+    """The folder `name` of the cache, made by `make(folder)` if need be; the newest stay."""
     folder = cache_folder() / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def import_gguf(path, folder):
     import gguf  # late: most runs never read one
 
     class Reader(gguf.GGUFReader):
-        def _get(self, offset, *args, **more):  # its own reads on behind the end, for hours
+        def _get(self, offset, *args, **more):  # the library's reads on past the end
             if offset >= len(self.data):
                 raise ValueError("the file ends too early")
             return super()._get(offset, *args, **more)
