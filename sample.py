@@ -19,14 +19,13 @@ from parrot.config import SampleConfig
 from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import StreamDecoder
-from parrot.sampling import check_room, generate
+from parrot.sampling import generate, room_after
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, refuse, run_program, say, side_by_side
 from parrot.system.device import pick
 
 
 def main():
-    """The command: replies on stdout, everything else on stderr."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
@@ -86,7 +85,7 @@ def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
     if stream:
         print(printable(written[0].finish()), flush=True)
     longest = max(len(decoder.tokens) for decoder in written)
-    if longest == check_room([len(prompt)], assistant.model.config, config.max_new_tokens):
+    if longest == room_after([len(prompt)], assistant.model.config, config.max_new_tokens):
         say(f"[{assistant.name}: cut after {longest} tokens]")
     texts = [assistant.tokenizer.decode(decoder.tokens) for decoder in written]
     if len(texts) == 1:

@@ -19,16 +19,16 @@ from parrot.system.console import run_program
 from parrot.training import learning_rate, loss_sum
 
 
-def train(config: TrainConfig, trainer=Trainer, loss_sum=loss_sum):
-    """Train as `config` says and leave the best model in its folder. UserError, Interrupted."""
+def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
+    """Train as `config` says; parrot.dpo passes its own class and loss. UserError, Interrupted."""
     fast.enabled = not config.plain
-    run = trainer(config, loss_sum)  # loads the model and the data
+    run = trainer_class(config, loss_sum)  # loads the model and the data
     if config.dry_run:
         return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes
 
     for step in run.steps():  # between two steps it evaluates, now and then
-        # The batch: the examples of this step, laid end to end on ribbons that fit in memory.
+        # The batch: this step's examples as micro-batches (class Batch), each one ribbon.
         batches = run.batches(step)
 
         # Forward and backward, one ribbon at a time. A ribbon's loss is a sum over its targets, and
@@ -38,7 +38,7 @@ def train(config: TrainConfig, trainer=Trainer, loss_sum=loss_sum):
             ribbon_loss = loss_sum(model, batch, run.dtype)
             ribbon_loss.backward()
             loss += ribbon_loss.detach()
-            num_terms += batch.num_terms  # as many as it has targets
+            num_terms += batch.num_terms  # its number of targets (in parrot.dpo: of pairs)
         loss, num_terms = processes.sum_step(model, float(loss), num_terms)
 
         # The division, once: now loss and gradient are means over all targets of the step, and it
@@ -48,10 +48,10 @@ def train(config: TrainConfig, trainer=Trainer, loss_sum=loss_sum):
             parameter.grad /= num_terms
 
         # The clip: a gradient that is too long is shortened, so that no odd batch moves the
-        # weights far. What is not a finite number does not reach them at all.
-        longest = config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
-        run.check(loss, grad_norm)  # saves the weights now and then; leaves if asked to stop
+        # weights far. Then the check: NaN or infinity ends the run before it reaches the weights.
+        max_norm = config.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+        run.check(loss, grad_norm)  # also saves a checkpoint now and then, and obeys Ctrl-C
 
         # The rate: a warmup, then half a cosine.
         rate = learning_rate(step, run.total_steps, config.learning_rate,

@@ -1,7 +1,5 @@
 """A model folder with all that it takes to talk to it: network, tokenizer, format, stop tokens."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch
@@ -15,7 +13,7 @@ from parrot.model import Llama
 from parrot.system.console import UserError
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
+def load_parts(folder, dtype=torch.float32, device="cpu"):
     """A model folder -> (Llama, Tokenizer), checked to fit each other. UserError."""
     tokenizer, model = Tokenizer(folder), Llama.load(folder, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -49,7 +47,7 @@ class Assistant:
     @classmethod
     def load(cls, name, folder, dtype, device, format="auto", many=True):
         """A model folder -> Assistant; many: it writes several replies at once."""
-        model, tokenizer = load(folder, dtype, device)
+        model, tokenizer = load_parts(folder, dtype, device)
         if fast.enabled:  # fast/packed.py
             model = pack(model, many)
         return cls(name, model, tokenizer, format)

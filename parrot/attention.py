@@ -105,7 +105,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
-    def write(self, layer, index, k, v):
+    def write(self, layer, index, k, v):  # k, v (N, K, D); index: sequences, all heads, positions
         self.keys[layer][index] = k.to(self.keys.dtype)
         self.values[layer][index] = v.to(self.values.dtype)
 
@@ -120,15 +120,12 @@ class KVCache:
         self.filled = self.filled[rows]
 
     def step(self) -> Step:
-        """The layout of the next token of every sequence."""
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
         return FastStep(self, positions) if fast.enabled else Step(self, positions)
 
 
 class Prefill(Ribbon):
-    """The prompts, as a ribbon that fills the cache."""
-
     def __init__(self, cache: KVCache, lengths: list[int]):
         device = cache.keys.device
         super().__init__(lengths, device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 
 from parrot.files import hub, records
-from parrot.files.tokenizer import Tokenizer
+from parrot.files.tokenizer import IM_END, IM_START, Tokenizer
 from parrot.system.command_line import option, parse
 from parrot.system.console import UserError, printable, run_program, say
 
@@ -32,7 +32,7 @@ class Control(str):
     """The name of a control token. Only this file puts control tokens among the tokens."""
 
 
-IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+IM_START, IM_END = Control(IM_START), Control(IM_END)  # a plain str would be ordinary text
 
 
 def pieces_of(messages):
@@ -121,7 +121,7 @@ def token_rows(tokens, is_target, tokenizer: Tokenizer):
 
 @dataclass
 class ViewConfig:
-    file: list[str] = option(None, "a data file, and perhaps a model, whose tokenizer to take")
+    file: list[str] = option(None, "a data file; optionally, a model whose tokenizer to use")
     tokens: bool = option(False, "a row per token: its id, whether it is a target, its text")
 
 

@@ -23,8 +23,7 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 @dataclass
 class Machine:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
-    dtype: str = option("bfloat16", "type of the matrix products; float16 or float32 on hardware "
-                        "without bfloat16 units", choices=DTYPES)
+    dtype: str = option("bfloat16", "of the matrix products, if the device has it", choices=DTYPES)
     plain: bool = option(False, "without parrot/fast: the same result, slower", may_change=True)
 
 
@@ -33,14 +32,13 @@ class Recipe(Machine):
     """What train.py and parrot.dpo share."""
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: list[str] | str = option("dolly", f"what to train on: {DATA}")
-    val_data: str | None = option(None, "what to hold out: a split of --data (test), or as --data")
-    max_examples: int | None = option(None, "only the first so many of --data", at_least=1)
+    val_data: str | None = option(None, "held-out data: a split of --data, or what --data takes")
+    max_examples: int | None = option(None, "use only the first N examples of --data", at_least=1)
     out: str = option("out/littleparrot", "the run's folder", may_change=True)
     epochs: int = option(3, "how often every example is seen", at_least=1)
-    max_steps: int | None = option(None, "stop (and end the schedule) after these", at_least=1)
+    max_steps: int | None = option(None, "steps after which run and schedule end", at_least=1)
     batch_size: int = option(64, "examples in one step, at most", at_least=1)
-    micro_batch_size: int | None = option(None, "examples in one forward, at most", at_least=1,
-                                          may_change=True)
+    micro_batch_size: int | None = option(None, "examples per forward", at_least=1, may_change=True)
     micro_batch_tokens: int | None = option(None, "tokens in one forward; default: by the device",
                                             at_least=1, may_change=True)
     max_length: int = option(2048, "longer examples (in tokens) are left out", at_least=8)
@@ -50,17 +48,17 @@ class Recipe(Machine):
     weight_decay: float = option(0.01, "AdamW's decay, on matrices only", at_least=0)
     beta1: float = option(0.9, "AdamW's beta1", at_least=0, at_most=0.9999)
     beta2: float = option(0.95, "AdamW's beta2", at_least=0, at_most=0.99999)
-    grad_clip: float = option(1.0, "longest gradient; 0: no clipping", at_least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     seed: int = option(0, "order of the examples", at_least=0)
     compile: str = option("auto", "torch.compile the blocks; auto: if it works, in long runs",
                           choices=("auto", "on", "off"), may_change=True)
     eval_every: int = option(50, "steps between two held-out losses", at_least=1)
     save_every: int = option(50, "steps between two checkpoints", at_least=1, may_change=True)
     val_fraction: float = option(0.02, "share of the examples held out", at_least=0, at_most=0.9)
-    resume: bool = option(False, "go on with the unfinished run in --out", may_change=True)
-    keep: str = option("yes", "no: no model, no checkpoint", choices=("yes", "no"), may_change=True)
+    resume: bool = option(False, "continue the unfinished run in --out", may_change=True)
+    keep: str = option("yes", "no: save no weights", choices=("yes", "no"), may_change=True)
     ask: list[str] | None = option(None, "questions to ask before and after", may_change=True)
-    dry_run: bool = option(False, "say what the run would be, and stop", may_change=True)
+    dry_run: bool = option(False, "forecast time and memory, and stop", may_change=True)
     skip_bad_records: bool = option(False, "leave out records that cannot be read, and say so")
 
     def __post_init__(self):
@@ -90,9 +88,8 @@ class TrainConfig(Recipe):
 @dataclass
 class Writing(Machine):
     temperature: float = option(0.7, "0: greedy; above 1: more varied", at_least=0)
-    top_p: float = option(0.9, "sample from the tokens with this probability", above=0, at_most=1)
-    repetition_penalty: float = option(REPETITION_PENALTY, "above 1: tokens that the reply has "
-                                       "already become less likely", at_least=1)
+    top_p: float = option(0.9, "keep the likeliest tokens that sum to it", above=0, at_most=1)
+    repetition_penalty: float = option(REPETITION_PENALTY, "above 1: less repetition", at_least=1)
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
 
 
@@ -100,7 +97,7 @@ class Writing(Machine):
 class SampleConfig(Writing):
     model: str | None = option(None, f"{WEIGHTS}; default: what was trained last")
     prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
-    system: str | None = option(None, "a system turn before it; '': none, not even the model's own")
+    system: str | None = option(None, "the system turn; '': none, not even the template's own")
     format: str = option("auto", "chat, or continue the text; auto: chat if there is a template",
                          choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")
@@ -123,6 +120,6 @@ class EvaluateConfig(Writing):
     max_length: int = option(2048, "longer examples (in tokens) are left out", at_least=8)
     max_prompts: int = option(64, "held-out prompts to answer, greedily and sampled", at_least=0)
     batch_size: int = option(32, "replies written at once", at_least=1)
-    seed: int = option(0, "of the sampled replies", at_least=0, at_most=2**63 - 1)
+    seed: int = option(0, "seed of the sampled replies", at_least=0, at_most=2**63 - 1)
     skip_bad_records: bool = option(False, "leave out records that cannot be read")
     json: bool = option(False, "print all results as JSON instead of a table")

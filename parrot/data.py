@@ -5,10 +5,7 @@ target. A *ribbon* is a micro-batch: examples laid end to end, without padding, 
 have a target. Every choice here is a pure function of the records and the seed.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -45,12 +42,12 @@ def prompt_hash(messages):
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def is_held_out(prompt_hash, fraction):
+def is_held_out(hashes, fraction):
     """Whether an example is kept from training: by the hash of its prompt alone.
 
     So the same prompt never stands on both sides, whatever the order of the file and the seed.
     """
-    return prompt_hash < fraction * 2.0**63
+    return hashes < fraction * 2.0**63
 
 
 # ---- conversations -> examples
@@ -75,7 +72,7 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
         if not len(train) or len(held_out) < asked / 2:
             remarks.append(
                 f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
-                f"{asked:.1f}): they have {prompts} different prompts, and examples with the same "
+                f"{asked:.1f}): there are {prompts} different prompts, and examples with the same "
                 "prompt stay together. Choose another --val-fraction (0: none), or --val-data")
     if not len(train):
         raise UserError(f"{data.origin['name']}: no example to train on ({'; '.join(remarks)})")
@@ -90,8 +87,7 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=
     parts, counts, places = [], Counter(), defaultdict(list)
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
-        key = json.dumps([rows.format_of(path), data.hashes[path], start, *recipe])
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        name = cache.key_of(rows.format_of(path), data.hashes[path], start, *recipe)
         make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer,
                        skip_bad, pairs)
         folder, source = cache.kept(f"data/{name}", make, at_most=256), rows.source_of(path)
@@ -107,7 +103,7 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=
     joined = joined.where(np.arange(len(joined)) < most)
     longest = joined.lengths.reshape(-1, versions).max(axis=1).repeat(versions)  # of a pair
     if too_long := int((longest > max_length).sum()):
-        remarks.append(f"{too_long} left out: longer than --max-length {max_length}")
+        remarks.append(f"{too_long} examples left out: longer than --max-length {max_length}")
     return joined.where(longest <= max_length), remarks
 
 
@@ -161,7 +157,7 @@ def short_questions(examples: Examples, tokenizer: Tokenizer):
 
 @dataclass
 class Batch:
-    """What one forward takes: a ribbon of N tokens, and the S rows that have a target.
+    """A micro-batch, for one forward: a ribbon of N tokens, and the S rows that have a target.
 
     Row r predicts the token after it, so its target is token r + 1: the shift by one. Of the
     examples [5, 6, (7), (8)] and [9, (10), (11)], targets in brackets:
@@ -181,12 +177,12 @@ class Batch:
     targets: torch.Tensor  # (S,)
 
     @property
-    def num_terms(self):  # of the sum that is its loss
+    def num_terms(self):  # of the loss: one per target
         return len(self.targets)
 
     @classmethod
     def of(cls, examples: Examples, indices, device="cpu"):
-        """The ribbon of some examples."""
+        """Lay examples[indices] end to end -> Batch."""
         parts = [examples[index] for index in indices]
         tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
         # A document's first token is never a target, so a row and its target never lie in two.
@@ -197,7 +193,7 @@ class Batch:
         return cls(tokens, ribbon, rows, targets)
 
 
-def steps_per_epoch(examples: Examples, batch_size):
+def steps_per_epoch(examples: Examples, batch_size):  # rounded up
     return math.ceil(len(examples) / batch_size)
 
 

@@ -15,12 +15,10 @@ the starting weights. The smaller beta, the farther log p must move until the lo
 self-play is SPIN (arXiv:2401.01335).
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +27,9 @@ from tqdm import tqdm
 
 from parrot.assistant import Assistant
 from parrot.config import DATA, WEIGHTS, Recipe
-from parrot.data import Batch
+from parrot.data import CODE, Batch
 from parrot.files import hub
-from parrot.files.cache import kept
+from parrot.files.cache import kept, key_of
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
@@ -131,21 +129,19 @@ class PreferenceTrainer(Trainer):
         return super().find_data() if self.config.data else self_play(self.config)
 
     def load_data(self):
-        """Pairs to train on, held-out Pairs, remarks; what the reference says of them is cached."""
+        """Pairs to train on, held-out Pairs, remarks; the reference's margins are cached."""
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
-            recipe = [self.dtype, *self.sources["weights"].hashes.values()]
-            digest = hashlib.sha256(str(recipe).encode())
-            for tokens, _ in pairs:
-                digest.update(tokens.tobytes())
-            folder = kept(f"reference/{digest.hexdigest()[:16]}", partial(self._refer, pairs))
+            hashes = [list(found.hashes.values()) for found in self.sources.values()]
+            key = key_of(self.dtype, CODE, hashes, pairs.index.tolist())
+            folder = kept(f"reference/{key}", partial(self._refer, pairs))
             pairs.reference = np.load(folder / "reference.npy")
         return *sets, notes
 
     @torch.no_grad()
     def _refer(self, pairs: Pairs, folder):
-        """Write what the reference, which the model still is, says of the pairs."""
+        """Write the margins of the reference; before training, the model is the reference."""
         for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
                                                "reference", batch_type=PairBatch):
             margins = preference_margins(self.model, batch, self.dtype)
@@ -162,12 +158,11 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     assistant = Assistant.load("", weights.path, torch.float32, device, "chat")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
-        some = conversations[start:start + AT_ONCE]
-        recipe = json.dumps([name, seed, some, SAMPLING, *weights.hashes.values()])
-        key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-        make = partial(write_pairs, name, some, assistant, seed)
+        chunk = conversations[start:start + AT_ONCE]
+        key = key_of(name, seed, chunk, SAMPLING, *weights.hashes.values())
+        make = partial(write_pairs, name, chunk, assistant, seed)
         files.append(kept(f"self-play/{key}", make) / name)
-    return hub.Found(files, {"name": Path(config.self_play).name, "from": "self-play"})
+    return hub.Found(files, {"name": config.self_play, "from": "self-play"})
 
 
 def write_pairs(name, conversations, assistant: Assistant, seed, folder):

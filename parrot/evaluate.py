@@ -8,7 +8,6 @@
 """
 
 import json
-import math
 import random
 import re
 import sys
@@ -25,7 +24,7 @@ from parrot.config import EvaluateConfig
 from parrot.data import is_held_out, prompt_hash
 from parrot.files import hub
 from parrot.files.examples import Examples
-from parrot.files.records import read_conversations
+from parrot.files.records import is_learned, read_conversations
 from parrot.run import report
 from parrot.run.folder import public_name
 from parrot.sampling import replies
@@ -77,7 +76,7 @@ def is_right(reply, accepted):
 
 
 def mean_and_error(losses, counts):
-    """Mean loss per token, and its standard error (None of a single example).
+    """Mean loss per token, and its standard error (None for a single example).
 
     Examples were drawn at random, not tokens: the error is that of a ratio of sums.
     """
@@ -85,7 +84,7 @@ def mean_and_error(losses, counts):
     if n == 1:
         return float(mean), None
     spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1)
-    return float(mean), float(math.sqrt(spread) / counts.sum())
+    return float(mean), float(spread ** 0.5 / counts.sum())
 
 
 @torch.no_grad()
@@ -133,8 +132,7 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
     room = assistant.model.config.max_position_embeddings - config.max_new_tokens
     pairs = []  # a prompt, and the reply in the data
     for messages in chosen:
-        end = next(i for i, message in enumerate(messages)  # weight 0: no reference
-                   if message["role"] == "assistant" and "weight" not in message)
+        end = next(i for i, message in enumerate(messages) if is_learned(message))
         prompt = assistant.prompt(messages[:end])
         if len(prompt) <= room:
             pairs.append((prompt, messages[end]["content"].strip()))
@@ -157,7 +155,7 @@ def reply_table(assistant: Assistant, conversations, config: EvaluateConfig):
     return table
 
 
-def facts_table(assistant: Assistant, config: EvaluateConfig):
+def facts_table(assistant: Assistant, config: EvaluateConfig):  # how many are right
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
     tokens, _ = write_replies(assistant, prompts, config, "facts")
@@ -217,7 +215,7 @@ def main():
 
 
 def is_finished(folder, data: hub.Found, config: EvaluateConfig):
-    """Whether a run was finished here; says so if it was trained on what is held out now."""
+    """Whether this folder is a finished run. Warns if it was trained on what is held out now."""
     about = report.read_if_there(folder / "run.json")
     with report.contents_of(folder / "run.json"):
         if not about:

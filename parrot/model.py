@@ -57,7 +57,7 @@ def rope_angles(positions, head_dim, theta):
     """cos and sin of the angles of rotary embedding (arXiv:2104.09864).
 
     positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D): the
-    first pairs turn fast and tell neighbours apart, the last ones turn slowly and tell regions.
+    first pairs turn fast and tell neighbours apart, the last ones slowly, for long distances.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[:, None].float() / theta ** (exponents / head_dim)  # (N, D / 2)
@@ -67,7 +67,7 @@ def rope_angles(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Turn each pair of x (N, heads, D) by its angle. Pair i is (x[i], x[i + D / 2]).
 
-    Why: the dot product of two turned vectors depends on the distance of their positions alone.
+    Why: of the positions of two vectors, only their distance then affects the dot product.
 
     >>> q, k = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]])
     >>> def score(position_q, position_k):
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, layer, layout, angles):
+    def forward(self, x, layer, layout, angles):  # x (N, C), number of the layer, rope_angles()
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
@@ -122,7 +122,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(C, M, bias=False)
         self.down_proj = nn.Linear(M, C, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):  # (N, C), inside (N, M), -> (N, C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, layout, angles):
+    def forward(self, x, layer, layout, angles):  # as of Attention; (N, C) -> (N, C)
         x = x + self.self_attn(self.input_layernorm(x), layer, layout, angles)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -146,7 +146,7 @@ class LlamaBody(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # torch's own takes a second
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # spares nn.Embedding's init
         self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -169,7 +169,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        if self.device.type != "meta":  # where `load` will put the weights of a checkpoint
+        if self.device.type != "meta":  # `load` fills a model on "meta" from a checkpoint instead
             for parameter in (p for p in self.parameters() if p.dim() == 2):
                 nn.init.normal_(parameter, std=0.02)
 

@@ -3,8 +3,6 @@
 Shapes: B replies, R of them not ended, V vocabulary, W of its tokens, t tokens written so far.
 """
 
-from __future__ import annotations
-
 import torch
 
 from parrot import fast
@@ -18,7 +16,7 @@ ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
 def ordered(probabilities, mass):
-    """(B, V) -> the likeliest tokens that hold `mass`, or more: probabilities and ids (B, W)."""
+    """(B, V) -> probabilities and ids (B, W), sorted: the likeliest, at least `mass` in all."""
     if fast.enabled and probabilities.device.type == "cpu":  # fast/nucleus.py
         few = likeliest(probabilities, mass)
         if few is not None:
@@ -49,7 +47,7 @@ def nucleus(logits, temperature, top_p):
 
 
 def penalize(logits, written, penalty):
-    """Lower the logits (B, V) of the ids that each reply has already, written (B, t).
+    """Lower the logits (B, V) of the ids that a reply already contains: `written` (B, t).
 
     A repeated phrase becomes the most likely continuation, so greedy replies end in loops. A
     positive logit is divided by the penalty, a negative one multiplied (arXiv:1909.05858).
@@ -85,13 +83,13 @@ def choose(logits, temperature, top_p, numbers):
 @torch.inference_mode()
 def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, generator=None,
              repetition_penalty=1.0, samples_each=1):
-    """Write replies to several prompts at once, a token each at a time.
+    """Write replies to several prompts at once, one token per reply at a time.
 
     prompts: lists of ids; stop: ids that end a reply; generator: on the CPU, so that a seed means
     the same on every device. Yields a list with an id for each reply, None for those that have
     ended. The penalty is on the reply alone: an answer may quote the question.
     """
-    room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
+    room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
     next_logits = logits_after
     if fast.enabled and model.device.type == "cuda":  # fast/captured.py
@@ -110,10 +108,8 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
             return
         rows, tokens = rows[running], tokens[running]
         written[rows, count] = tokens
-        step = [None] * B
-        for reply, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            step[reply] = token
-        yield step
+        chosen = dict(zip(rows.tolist(), tokens.tolist(), strict=True))
+        yield [chosen.get(reply) for reply in range(B)]
         if count < room - 1:
             logits = next_logits(model, cache, tokens, running)
 
@@ -132,7 +128,7 @@ def read_prompts(model, prompts, room, samples_each):
 
 
 def logits_after(model, cache, tokens, running):
-    """Tokens (R,) of the `running` rows of the cache, which keeps them alone -> logits (R, V)."""
+    """Read tokens (R,), drop all cache rows but `running` -> the next logits (R, V)."""
     if len(running) < len(cache.filled):
         cache.select(running)
     return model.logits(model(tokens, cache.step()))
@@ -140,7 +136,7 @@ def logits_after(model, cache, tokens, running):
 
 def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **settings):
     """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply."""
-    room = check_room([len(prompt) for prompt in prompts], model.config, max_new_tokens)
+    room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     tokens = [[] for _ in range(len(prompts) * samples_each)]
     for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
                          samples_each=samples_each, **settings):
@@ -150,8 +146,8 @@ def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **settings)
     return [(reply, len(reply) < room) for reply in tokens]
 
 
-def check_room(lengths, config, max_new_tokens):
-    """How many tokens can follow the longest prompt: `max_new_tokens`, or the context's rest."""
+def room_after(lengths, config, max_new_tokens):
+    """How many tokens may follow the longest prompt. UserError if it fills the context."""
     left = config.max_position_embeddings - max(lengths)
     if left < 1:
         raise UserError(f"the prompt has {max(lengths)} tokens; the model's context holds "

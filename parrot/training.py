@@ -1,33 +1,16 @@
 """What is minimised, how the weights move, and what is watched on the way."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from parrot import fast
 from parrot.config import TrainConfig
 from parrot.data import Batch, Examples, micro_batches
-from parrot.fast.head import head_loss
 from parrot.model import Llama
 from parrot.system.device import autocast
 from parrot.system.distributed import Processes, torchrun_place
-
-
-def hidden_states_of_targets(model: Llama, batch: Batch, dtype):
-    """The hidden states (S, C) of the rows that have a target: no other row needs logits.
-
-    Weights are float32, matrix products in `dtype`: bfloat16 weights would lose small steps.
-
-    >>> weight = torch.tensor(0.05, dtype=torch.bfloat16)
-    >>> weight - 5e-5 == weight
-    tensor(True)
-    """
-    with autocast(model.device, dtype):
-        return model(batch.tokens, batch.ribbon)[batch.rows]
 
 
 def token_losses(model: Llama, batch: Batch, dtype):
@@ -38,10 +21,16 @@ def token_losses(model: Llama, batch: Batch, dtype):
 
     >>> F.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
     tensor(1.3863)
+
+    Weights are float32, matrix products in `dtype`: bfloat16 weights would lose small steps.
+
+    >>> weight = torch.tensor(0.05, dtype=torch.bfloat16)
+    >>> weight - 5e-5 == weight
+    tensor(True)
     """
-    hidden_states = hidden_states_of_targets(model, batch, dtype)
     with autocast(model.device, dtype):
-        logits = model.logits(hidden_states)  # (S, V)
+        hidden_states = model(batch.tokens, batch.ribbon)  # (N, C)
+        logits = model.logits(hidden_states[batch.rows])  # (S, V): no other row needs logits
     return F.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
@@ -56,9 +45,6 @@ def loss_sum(model: Llama, batch: Batch, dtype):
     >>> sum(x.mean() for x in losses) / len(losses)  # the mean of means
     tensor(3.)
     """
-    if fast.enabled:  # fast/head.py
-        hidden_states = hidden_states_of_targets(model, batch, dtype)
-        return head_loss(hidden_states.to(dtype), model.lm_head.weight, batch.targets)
     return token_losses(model, batch, dtype).sum()
 
 
@@ -75,7 +61,7 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
                    names=("val_loss",)):
     """{"val_loss": mean over all targets, in nats}; None where `should_stop()` turned true.
 
-    parrot.dpo has other batches, whose terms have a row for each of its names.
+    parrot.dpo passes its own batches and `terms_of`, which returns a row for each of `names`.
     """
     sums, num_terms = torch.zeros(len(names), dtype=torch.float64), 0
     for _, batch in held_out_batches(examples, max_tokens, model.device, "evaluating",
@@ -90,10 +76,10 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
 
 
 def make_optimizer(model: Llama, config: TrainConfig):
-    """AdamW (arXiv:1711.05101): each weight moves by its mean gradient over its usual size.
+    """AdamW (arXiv:1711.05101): weight -= lr * mean gradient / root mean square gradient.
 
-    The betas say how long the two are remembered: 0.9, some 10 steps; 0.95, some 20. Apart from
-    that, matrices decay by lr * weight_decay of their value a step; the scales of the norms do not:
+    The betas set how many steps the two averages cover: 0.9 about 10, 0.95 about 20. In addition,
+    matrices shrink by lr * weight_decay of their value per step. The scales of the norms do not:
     decay would pull them to 0, which silences a layer.
 
     >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
@@ -121,7 +107,7 @@ def make_optimizer(model: Llama, config: TrainConfig):
 def learning_rate(step, total_steps, peak, floor, warmup_ratio):
     """The learning rate of step `step` (from 0): up in a line, down in half a cosine.
 
-    At first AdamW knows too little of the gradients for large steps; the last ones are to settle.
+    Early on, AdamW's averages are too noisy for large steps; small last steps let weights settle.
 
     >>> [round(learning_rate(step, 6, 1.0, 0.0, 1 / 3), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.25, 0.0]

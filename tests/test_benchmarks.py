@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, some_records, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from parrot import attention, fast, sampling, training
+from parrot import attention, fast, sampling
 from parrot.attention import Ribbon
-from parrot.fast import cached, compiling, head, memory, nucleus, ribbon, tiles
+from parrot.fast import cached, compiling, nucleus, ribbon, tiles
 from parrot.system.console import run_program
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -88,9 +88,7 @@ def test_medians_leave_out_the_first(monkeypatch):
 # ---- tricks.py
 
 NAMES = {  # speed-up -> what is in its place when it is on
-    "memory": (memory, "keep_freed", memory.keep_freed),
     "ribbon attention": (attention, "FastAttention", ribbon.FastAttention),
-    "head": (training, "loss_sum", training.loss_sum),
     "compile": (compiling, "compile_blocks", compiling.compile_blocks),
     "cached step": (attention, "FastStep", cached.FastStep),
     "captured step": (sampling, "CapturedStep", sampling.CapturedStep),
@@ -98,7 +96,7 @@ NAMES = {  # speed-up -> what is in its place when it is on
     "packed": (tricks.assistant, "pack", tricks.assistant.pack)}
 
 
-@pytest.mark.parametrize("speed_ups", [[], ["memory"], ["head", "nucleus"], list(NAMES)])
+@pytest.mark.parametrize("speed_ups", [[], ["compile"], ["ribbon attention", "nucleus"], list(NAMES)])
 def test_only_these_speed_ups_are_on(speed_ups):
     assert NAMES.keys() == tricks.PLAIN_FORMS.keys()
     with tricks.only(speed_ups):
@@ -110,9 +108,9 @@ def test_only_these_speed_ups_are_on(speed_ups):
         assert getattr(module, attribute) is function
 
 
-@pytest.mark.parametrize("num_speed_ups", range(5))
+@pytest.mark.parametrize("num_speed_ups", range(3))
 def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypatch):
-    """On a CPU: plain, + memory, + attention in tiles, + head, + compile (which is only called)."""
+    """On a CPU: plain, + attention in tiles, + compile (which is only called)."""
     calls = set()
     compile_blocks = mock.create_autospec(compiling.compile_blocks)  # it would take too long
     monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
@@ -122,12 +120,11 @@ def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypat
             calls.add(name)
             return function(*args)
         return call
-    for module, name in ((memory, "keep_freed"), (tiles, "Tiles"), (head, "to_gradient_")):
-        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    monkeypatch.setattr(tiles, "Tiles", watched("Tiles", tiles.Tiles))
     args = tricks.parser().parse_args(arguments("--steps", "1", "--batch-size", "4")[1:])
     assert tricks.run_row("training, tokens/s", num_speed_ups, args) > 0
-    assert len(calls) == min(num_speed_ups, 3)
-    assert compile_blocks.called == (num_speed_ups == 4)
+    assert len(calls) == min(num_speed_ups, 1)
+    assert compile_blocks.called == (num_speed_ups == 2)
 
 
 @pytest.mark.parametrize("title", ["one greedy reply, tokens/s", "16 sampled replies, tokens/s"])

@@ -27,7 +27,7 @@ QUESTION = [{"role": "user", "content": "Name three colours."}]
 def folder(q4_folder, tmp_path_factory):
     """The real model, as train.py saves it."""
     folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = assistant.load(q4_folder)
+    model, tokenizer = assistant.load_parts(q4_folder)
     assistant.save(folder, model, tokenizer, torch.bfloat16)
     return folder
 

@@ -39,13 +39,13 @@ def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
 
 def test_every_record_is_too_long(records_file, tiny_tokenizer):
     path = records_file([{"messages": [{"role": "system", "content": "word " * 100}, USER, REPLY]}] * 3)
-    with pytest.raises(UserError, match="no example to train on .3 left out: longer than --max-length 50"):
+    with pytest.raises(UserError, match="no example to train on .3 examples left out: longer than --max-length 50"):
         load_examples(find_data(path), tiny_tokenizer, 50, 0.1)
 
 
 def test_everything_is_held_out(records_file, tiny_tokenizer):
     record = next(r for r in some_records(50) if is_held_out(prompt_hash(to_messages(r)), 0.5))
-    with pytest.raises(UserError, match="no example to train on .2 of 2 examples are held out .--val-fraction asks for 1.0.: they have 1 different prompts"):
+    with pytest.raises(UserError, match="no example to train on .2 of 2 examples are held out .--val-fraction asks for 1.0.: there are 1 different prompts"):
         load_examples(find_data(records_file([record, record])), tiny_tokenizer, 100, 0.5)
 
 
@@ -91,7 +91,7 @@ def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
     train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0, skip_bad=True)
     assert len(train) == 1 and train.source(0).endswith(":3")
     assert told[0].startswith(f"1 bad records are left out ({path}:4: its keys with text are none; expected")
-    assert told[1] == "2 left out: longer than --max-length 100"
+    assert told[1] == "2 examples left out: longer than --max-length 100"
 
 
 # ---- the cache

@@ -13,7 +13,7 @@ MARK = "  # your line here"
 MISTAKES = {  # what the solution has: what people write
     "mask": ("(IM_END, True)", "(IM_END, False)"),
     "shift": ("tokens[rows + 1]", "tokens[rows]"),
-    "sum": ('"sum"', '"mean"'),
+    "sum": ("losses.sum()", "losses.mean()"),
     "rotation": ("second * cos + first * sin", "second * cos - first * sin"),
     "nucleus": (".cumsum(-1) - probabilities", ".cumsum(-1)"),
     "cache": ("self.visible)", "self.visible | True)"),  # sees what is not written yet

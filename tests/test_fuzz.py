@@ -106,9 +106,9 @@ def load(name, folder, tokenizer):
     elif name == "tiny.gguf":
         (folder / "imported").mkdir()
         import_gguf(folder / name, folder / "imported")
-        assistant.load(folder / "imported")
+        assistant.load_parts(folder / "imported")
     elif name in MODEL:
-        model, words = assistant.load(hub.find_weights(str(folder)).path)
+        model, words = assistant.load_parts(hub.find_weights(str(folder)).path)
         assistant.Assistant("", model, words)
     elif name in RUN:
         report.write(folder)

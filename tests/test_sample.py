@@ -38,7 +38,7 @@ SHORT = ("--max-new-tokens", 12)
 
 def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
     status, out, err = ask("--model", tiny_folder, "--prompt", "Hi", "--temperature", 0, "--dtype", "float32", *SHORT)
-    model, tokenizer = assistant.load(tiny_folder)
+    model, tokenizer = assistant.load_parts(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
     steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
                             repetition_penalty=REPETITION_PENALTY)
@@ -50,7 +50,7 @@ def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
 def test_a_system_turn(stdin, flags, ask, tiny_folder):
     settings = ("--model", tiny_folder, "--temperature", 0, "--dtype", "float32", *flags, *SHORT)
     out = ask(*settings, "--system", "Be short.", stdin=stdin)[1]
-    model, tokenizer = assistant.load(tiny_folder)
+    model, tokenizer = assistant.load_parts(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, "Be short.")
     steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
                             repetition_penalty=REPETITION_PENALTY)

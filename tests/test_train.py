@@ -83,7 +83,7 @@ def test_the_best_by_held_out_loss_stays(config, monkeypatch):
     about = json.load(open(os.path.join(c.out, "run.json")))
     best = min((loss, step) for step, loss in losses.items() if step)
     assert about["best_loss"] == best[0] < losses[max(losses)] and 0 < best[1] < max(losses)
-    model, tokenizer = assistant.load(c.out)
+    model, tokenizer = assistant.load_parts(c.out)
     _, held_out, _ = load_examples(find_data(c.data), tokenizer, c.max_length, c.val_fraction)
     assert held_out_means(model, held_out, 4096, torch.float32, Processes()) == pytest.approx({"val_loss": best[0]}, rel=1e-6)
 
@@ -274,7 +274,7 @@ def test_a_dry_run_tells_and_writes_nothing(config, capsys):
     told = capsys.readouterr()
     assert not os.path.exists(c.out) and "<|im_start|>user" in told.out
     assert re.search(r"an example has \d+ tokens \(mean\), .* \d+% of the tokens are targets", told.err)
-    assert "10 steps on cpu" in told.err and "Nothing was written" in told.err
+    assert "10 steps on cpu" in told.err and "--out was not touched" in told.err
     assert re.search(r"all steps about \d+\.\d h, \d+\.\d GB of memory, \d+\.\d GB of disk", told.err)
 
 
@@ -315,7 +315,7 @@ def test_the_last_good_checkpoint_outlives_a_bad_step(config, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "train", functools.partial(train.train, loss_sum=lambda *args: calls.append(1) or (
         training.loss_sum(*args) + (float("nan") if len(calls) == 6 else 0))))
-    with pytest.raises(UserError, match="step 6: the loss is nan.*state.safetensors is whole"):
+    with pytest.raises(UserError, match="step 6: the loss is nan.*state.safetensors is intact"):
         train.train(config(micro_batch_tokens=1536))
     monkeypatch.undo()
     train.train(config(micro_batch_tokens=1536, resume=True))

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from parrot import assistant, fast
 from parrot.config import TrainConfig
 from parrot.data import Batch, load_examples, micro_batches
-from parrot.fast import head
 from parrot.files.hub import find_data
 from parrot.model import Llama
 from parrot.system.device import multiplies_bfloat16
@@ -65,12 +64,11 @@ def close(a, b, tolerance):
     return (a - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize("way, rows_at_once", [("plain", 1024), ("fast", 1024), ("fast", 5)])
-def test_any_split_gives_the_gradient_of_transformers(way, rows_at_once, examples, tiny_folder, monkeypatch):
+@pytest.mark.parametrize("way", ["plain", "fast"])
+def test_any_split_gives_the_gradient_of_transformers(way, examples, tiny_folder, monkeypatch):
     """And the parameters after one step of AdamW: the first one divides by |gradient|, so an eps
     under which gradients that are only rounding stay small."""
     monkeypatch.setattr(fast, "enabled", way == "fast")
-    monkeypatch.setattr(head, "ROWS_AT_ONCE", rows_at_once)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     expected = reference_loss(reference, examples, range(64))
     expected.backward()

@@ -1,6 +1,6 @@
 """The speed-ups: the same numbers, sooner. Skip this folder at first reading.
 
-Each file replaces one plain function of the lesson, which asks `fast.enabled` (--plain sets it).
+Each file replaces a plain function of the lesson while `enabled` is True; --plain sets it False.
 """
 
 enabled = True

@@ -1,7 +1,7 @@
 """model.Block.forward, faster: compiled (torch.compile), the same but for rounding.
 
-The small passes over memory (norm, rotation, SiLU, sums) are fused: 5% more tokens per second on
-two cores, after half a minute per process. Held equal by tests/fast/test_compiling.py.
+The small passes over memory (norm, rotation, SiLU, sums) are fused: 0 to 5% more tokens per second
+on two cores, after half a minute to compile. Held equal by tests/fast/test_compiling.py.
 """
 
 import torch
@@ -10,7 +10,7 @@ from parrot.fast.tiles import Tiles
 from parrot.system.console import UserError, say
 from parrot.system.device import autocast
 
-EARNED_BACK = {"cpu": 500_000, "cuda": 500_000, "mps": float("inf")}  # tokens, for that half minute
+EARNED_BACK = {"cpu": 500_000, "cuda": 500_000, "mps": float("inf")}  # tokens until it pays off
 
 
 def compile_blocks(model, choice, dtype, ribbon, num_tokens):
@@ -21,7 +21,7 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
     """
     if choice == "off" or (choice == "auto" and num_tokens < EARNED_BACK[model.device.type]):
         return False
-    Tiles.attend = torch.compiler.disable(Tiles.attend)  # here: it imports for a second
+    Tiles.attend = torch.compiler.disable(Tiles.attend)  # not at import: it takes a second
     for block in model.model.layers:
         block.forward = _compiled_in_training(block.forward)
     try:
@@ -32,7 +32,7 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
         reason = f"torch.compile does not work here: {error!r:.200}"
         if choice == "on":
             raise UserError(f"--compile on: {reason}") from None
-        say(f"{reason} (training goes on without, a little slower)")
+        say(f"{reason} (training continues without it, a little slower)")
         for block in model.model.layers:
             del block.forward  # the method of the class is back
         return False

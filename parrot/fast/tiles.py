@@ -43,61 +43,24 @@ class Tiles:
 
     def attend(self, q, k, v):
         """Causal attention within documents: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
-        with torch.autocast(q.device.type, enabled=False):  # its softmax would keep float32
-            return _Attention.apply(q, k, v, self.places, self.masks)
+        K, outputs = k.shape[1], []
+        starts = [query for _, query, _ in self.places]
+        sizes = [end - query for _, query, end in self.places]
+        # (K, n, G, D) for each tile: query heads that share a key head stand together.
+        q, k, v = (x.unflatten(1, (K, -1)).transpose(0, 1).contiguous().split(sizes, dim=1)
+                   for x in (q * q.shape[2] ** -0.5, k, v))
+        with torch.autocast(q[0].device.type, enabled=False):  # its softmax would keep float32
+            for tile, ((key, _, _), mask) in enumerate(zip(self.places, self.masks, strict=True)):
+                seen = slice(starts.index(key), tile + 1)  # the tiles that hold its keys
+                keys, values = (torch.cat(x[seen], dim=1).squeeze(2) for x in (k, v))  # (K, m, D)
+                scores = q[tile].flatten(1, 2) @ keys.transpose(1, 2)  # (K, n G, m)
+                scores = scores.unflatten(1, (len(mask), -1)) + mask.to(scores.dtype)
+                weights = scores.softmax(-1).flatten(1, 2)
+                outputs.append((weights @ values).unflatten(1, (len(mask), -1)))  # (K, n, G, D)
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1, 2)
 
 
 def mask_of(document, key, query, end):
     """(n, 1, m): minus infinity where a key is later or of another document, else 0."""
     visible = document[query:end, None] == document[key:end]
     return torch.where(visible.tril(query - key), 0.0, -math.inf)[:, None]
-
-
-class _Attention(torch.autograd.Function):
-    """y = weights v, weights = softmax(q k^T / sqrt(D) + mask), tile by tile; then backwards."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, places, masks):
-        """q (N, H, D), k and v (N, K, D) -> y (N, H, D)."""
-        y, K, all_weights = torch.empty_like(q), k.shape[1], []
-        result = by_key_head(y, K)  # the same memory
-        q = by_key_head(q * q.shape[2] ** -0.5, K).contiguous()  # once, not once a tile
-        k, v = by_key_head(k, K).contiguous(), by_key_head(v, K).contiguous()
-        for (key, query, end), mask in zip(places, masks, strict=True):
-            scores = rows(q, query, end) @ rows(k, key, end).transpose(1, 2)  # (K, n G, m)
-            scores.view(K, len(mask), -1, mask.shape[2]).add_(mask)
-            weights = scores.softmax(-1)
-            y_rows = weights @ rows(v, key, end)
-            result[:, query:end] = y_rows.view_as(result[:, query:end])
-            all_weights.append(weights)
-        ctx.places = places
-        ctx.save_for_backward(q, k, v, *all_weights)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        """The gradient of y -> those of q, k and v."""
-        q, k, v, *all_weights = ctx.saved_tensors
-        grad_y = by_key_head(grad_y, len(k)).contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (key, query, end), weights in zip(ctx.places, all_weights, strict=True):
-            grad = rows(grad_y, query, end)  # (K, n G, D)
-            # Several tiles of a document share its keys and values: their gradients add up.
-            rows(grad_v, key, end).add_(weights.transpose(1, 2) @ grad)
-            grad_weights = grad @ rows(v, key, end).transpose(1, 2)  # (K, n G, m)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            rows(grad_k, key, end).add_(grad_scores.transpose(1, 2) @ rows(q, query, end))
-            rows(grad_q, query, end).copy_(grad_scores @ rows(k, key, end))
-        grad_q *= q.shape[3] ** -0.5
-        grads = (x.transpose(0, 1).flatten(1, 2) for x in (grad_q, grad_k, grad_v))
-        return *grads, None, None
-
-
-def by_key_head(x, K):
-    """x (N, heads, D) -> (K, N, heads / K, D): query heads that share keys stand together."""
-    return x.unflatten(1, (K, -1)).transpose(0, 1)
-
-
-def rows(x, first, end):
-    """These tokens of x (K, N, G, D) as one matrix per key head: (K, n G, D), a view."""
-    return x[:, first:end].flatten(1, 2)

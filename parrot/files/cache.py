@@ -1,6 +1,7 @@
 """What is computed once and kept: imported models and tokenised data."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -24,10 +25,14 @@ def cache_folder() -> Path:
     return Path(place) / "littleparrot"
 
 
+def key_of(*parts) -> str:
+    """A name for what follows from these parts: 16 digits of their hash."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
 def source_hash(*sources) -> str:
-    """The sha256 over source files, modules or paths."""
-    hashes = [sha256_of(getattr(source, "__file__", source)) for source in sources]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    """The same, for source files: modules or paths."""
+    return key_of(*(sha256_of(getattr(source, "__file__", source)) for source in sources))
 
 
 def kept(name: str, make, at_most: int = 1000) -> Path:

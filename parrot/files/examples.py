@@ -31,7 +31,6 @@ class Examples:
 
     @classmethod
     def joined(cls, several):
-        """Several Examples, one after the other."""
         parts, indices = [], [np.zeros((0, 5), np.int64)]
         for examples in several:
             indices.append(examples.index + [len(parts), 0, 0, 0, 0])

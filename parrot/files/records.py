@@ -1,7 +1,7 @@
 """Records in data files -> conversations.
 
-A *record* has a shape that its keys tell. It becomes a list of messages, or an error with file,
-line and fault, whatever the bytes. Text that is not used is counted, never lost without a word.
+The keys of a *record* show its shape. It becomes a list of messages, or an error with file, line
+and fault, whatever the bytes. Text that is not used is counted and reported, never lost silently.
 """
 
 import json
@@ -78,14 +78,14 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
     unused = set() if unused is None else unused
     messages = _turns(*_take(rest, "turns"), unused) or _prompt_and_reply(rest, unused)
     messages = _turns(*_take(rest, "history"), unused) + messages
-    if messages[0]["role"] != "system":  # else it is told as unused
+    if messages[0]["role"] != "system":  # else it is reported as unused
         system, key = _take(rest, "system")
         messages = _turns({"role": "system", "content": system}, key, unused) + messages
     _take(rest, "category")
     unused.update(rest)
     length = sum(len(message["content"]) for message in messages)
     refuse("it has", {
-        "no reply to learn from": not any(map(_is_learned, messages)),
+        "no reply to learn from": not any(map(is_learned, messages)),
         f"{length:,} characters; more than {LONGEST:,} are refused": length > LONGEST})
     return messages
 
@@ -98,7 +98,7 @@ def to_pair(record, unused: set):
     rest, pair = {name: record[name] for name in others}, []
     for key in SHAPES["pair"]:
         *earlier, last = to_messages({**rest, "response": record[key]}, unused)
-        refuse(key, {"does not end with a reply to learn from": not _is_learned(last)})
+        refuse(key, {"does not end with a reply to learn from": not is_learned(last)})
         pair.append([*_only_read(earlier), last])
     if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
         raise UserError("chosen and rejected are equal, or answer different prompts")
@@ -129,7 +129,7 @@ def _prompt_and_reply(rest, unused):
     return asked + reply
 
 
-def _is_learned(message):
+def is_learned(message):  # a reply whose tokens are targets
     return message["role"] == "assistant" and "weight" not in message
 
 
@@ -161,7 +161,7 @@ def _turns(value, where, unused, role="user"):
     if role == "system" and not _has_text(content):
         return []
     unused |= {f"{key} (of a turn)" for key, value in turn.items() if _has_text(value)}
-    if isinstance(content, list):  # in parts; one that is no text, as an image, is refused
+    if isinstance(content, list):  # in parts; one that is not text, such as an image, is refused
         texts = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(_text(text, f"part {number} of the content of {where}")
                           for number, text in enumerate(texts, 1))

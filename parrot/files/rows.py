@@ -49,7 +49,6 @@ def read_rows(path, start=0, columns=()):
 
 
 def count_rows(path):
-    """How many rows a file has."""
     return sum(1 for _ in read_rows(path, columns=None))
 
 

@@ -39,19 +39,19 @@ class Tokenizer:
             tokens = [[self.control(piece)] if piece in known else self.encode(piece)
                       for piece in pieces]
             refuse(path, {
-                "is no byte-level BPE like SmolLM2's (or has dropout)":
+                "is not a byte-level BPE like SmolLM2's (or has dropout)":
                     not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
                 f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
-                "makes other tokens of a conversation than of its pieces":
+                "encodes a conversation differently from its pieces":
                     IM_END in known and sum(tokens, []) != whole})
         except (KeyboardInterrupt, UserError):
             raise
-        except BaseException as error:  # a panic of the library's Rust code is no Exception
+        except BaseException as error:  # a panic in the library's Rust code is not an Exception
             raise UserError(f"{path} is not a tokenizer that works here: {error}") from None
         self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # with holes
         self.chat_template = read_chat_template(self.folder)
 
-    def control(self, name: str) -> int:
+    def control(self, name: str) -> int:  # its id; UserError if the tokenizer has none
         token = self.backend.token_to_id(name)
         refuse(self.folder, {f"cannot chat: no token {name} (see --format plain)": token is None})
         return token
@@ -83,8 +83,8 @@ def read_chat_template(folder):
     code = re.sub(r"\|trim|'\+'", "", re.sub("[ ()]", "", code))
     turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
     is_ours = turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
-    refuse(path, {"has a chat template that is no text": not isinstance(template or "", str),
-                  "has a chat template that writes turns otherwise than chat.py (<|im_start|>role, "
+    refuse(path, {"has a chat template that is not text": not isinstance(template or "", str),
+                  "has a chat template whose turns differ from those of chat.py (<|im_start|>role, "
                   "new line, text<|im_end|>, new line)": IM_START in code and not is_ours})
     return template or None
 

@@ -24,7 +24,6 @@ from parrot import assistant
 from parrot.config import Recipe
 from parrot.run import report
 from parrot.system.console import UserError, refuse
-from parrot.system.device import name_of
 from parrot.system.disk import flush, read_json, replace_file, write_json
 
 
@@ -50,13 +49,15 @@ def describe(run):
             files[f"{path.name} ({len(files)})" if path.name in files else path.name] = sha256
             notes = [note.replace(str(path), path.name) for note in notes]
         sources[kind] = {**found.origin, "name": config[kind], "files": files}
+    device = run.model.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {lib.__name__: lib.__version__ for lib in (torch, tokenizers, safetensors)}
     return {"config": config, **sources, "notes": notes, "objective": run.objective,
             "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,
             "longest": run.train_set.longest, "dtype": str(run.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}",
-            "device": name_of(run.model.device), "processes": run.processes.size,
+            "device": card, "processes": run.processes.size,
             "micro_batch_tokens": run.max_tokens, "compiled": run.compiled, "finished": False}
 
 
@@ -135,12 +136,12 @@ class RunFolder:
         write_json(self.path / "run.json", self.about)
 
     @writing
-    def log(self, **values):
+    def log(self, **values):  # appends a line to metrics.jsonl
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     @writing
-    def save_best(self, model, tokenizer, dtype):
+    def save_best(self, model, tokenizer, dtype):  # as a model folder; nothing with --keep no
         if self.keeps:
             assistant.save(self.path, model, tokenizer, dtype)
 
@@ -160,8 +161,8 @@ class RunFolder:
         self.lock.close()
         (self.path / "lock.part").unlink()
 
-    def what_is_safe(self):
-        return (f"{self.checkpoint} is whole: --resume goes on from it."
+    def what_is_safe(self):  # a sentence for the end of an error message
+        return (f"{self.checkpoint} is intact: --resume continues from it."
                 if self.checkpoint.is_file() else "No checkpoint was written yet.")
 
     @writing

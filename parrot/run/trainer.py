@@ -14,7 +14,7 @@ from parrot.assistant import Assistant
 from parrot.attention import Ribbon
 from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
-from parrot.fast import compiling, memory
+from parrot.fast import compiling
 from parrot.files import hub, model_folder
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.sampling import replies
@@ -28,7 +28,7 @@ QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
 
 
 class Trainer:
-    """What a run consists of. parrot.dpo trains on pairs: it replaces these and the data."""
+    """A run but for its loop. parrot.dpo overrides these attributes, find_data and load_data."""
     objective = "the loss of each token of the replies and of their end"
     batch_type, names = data.Batch, ("val_loss",)
     terms_of = staticmethod(token_losses)  # their means over what is held out have these names
@@ -38,14 +38,12 @@ class Trainer:
         self.folder = RunFolder(config, self.processes.rank == 0)
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
-        if fast.enabled:
-            memory.keep_freed()  # before the first tensor
-        with self.processes.one_after_the_other():  # the first downloads and tokenises
+        with self.processes.first_process_first():  # it downloads and tokenises for all
             val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
             self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
                             "val_data": val_data or hub.Found([], {"name": ""})}
             folder = self.sources["weights"].path
-            self.model, self.tokenizer = assistant.load(folder, torch.float32, device)
+            self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
             self.saved_dtype = model_folder.stored_dtype(folder)
             self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
                 self.model, self.dtype, 0 if fast.enabled else config.max_length)
@@ -68,7 +66,6 @@ class Trainer:
         return hub.find_data(self.config.data)
 
     def load_data(self, pairs=False):
-        """-> train Examples, held-out Examples, remarks."""
         config = self.config
         return data.load_examples(
             self.sources["data"], self.tokenizer, config.max_length, config.val_fraction,
@@ -76,7 +73,7 @@ class Trainer:
             val_data=config.val_data and self.sources["val_data"], pairs=pairs)
 
     def dry_run(self):
-        """Say what the run would be, from the data and one ribbon; nothing is written."""
+        """Forecast the run from the data and one ribbon; nothing is written outside the cache."""
         examples, lengths, batch = self.train_set, self.train_set.lengths, self.batches(0)[0]
         num_targets = sum(int(is_target.sum()) for _, is_target in examples)
         say(f"an example has {lengths.mean():.0f} tokens (mean), at most {examples.longest}; "
@@ -94,7 +91,7 @@ class Trainer:
         memory = (peak_memory(self.model.device) + 8 * num_parameters) / 1e9  # AdamW's moments
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
             f"{hours:.1f} h, {memory:.1f} GB of memory, {28e-9 * num_parameters:.1f} GB of disk. "
-            f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. Nothing was written.")
+            f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. --out was not touched.")
 
     def steps(self):
         """Open the folder, yield the number of each step to do, from 0, and evaluate in between."""
@@ -117,8 +114,6 @@ class Trainer:
                     self._evaluate()
                 self.started = time.perf_counter()
                 yield progress.step
-                if fast.enabled:
-                    memory.give_back()
             self._evaluate()
 
     def _ask(self, when):
@@ -155,8 +150,8 @@ class Trainer:
         """Save now and then, if all is finite; else UserError. Interrupted, after a signal."""
         step, status = self.progress.step, self.processes.largest(self.stop.status)
         names = ", ".join(map(self.train_set.source, self.indices))
-        self._check_finite(loss + grad_norm, f"the loss is {loss} and the gradient's length "
-                                             f"{grad_norm}. Its examples: {names}")
+        self._check_finite(loss + grad_norm, step + 1, f"the loss is {loss} and the gradient norm "
+                                                       f"{grad_norm}. Its examples: {names}")
         if status or step % self.config.save_every == 0:
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
@@ -164,10 +159,10 @@ class Trainer:
             raise Interrupted(f"stopped after step {step} of {self.total_steps}; to go on: "
                               f"{shlex.join(command)}", status)
 
-    def _check_finite(self, value, words):
+    def _check_finite(self, value, step, words):
         if not math.isfinite(value):
             raise UserError(
-                f"step {self.progress.step + 1}: {words}. {self.folder.what_is_safe()} If it "
+                f"step {step}: {words}. {self.folder.what_is_safe()} If it "
                 "happens again, start anew with a lower --learning-rate and another --out.")
 
     def log_step(self, batches, **values):
@@ -198,7 +193,7 @@ class Trainer:
             return
         progress.seconds += time.perf_counter() - started
         loss = values["val_loss"]
-        self._check_finite(loss, f"the held-out loss is {loss}")
+        self._check_finite(loss, progress.step, f"the held-out loss is {loss}")
         if progress.step == 0:
             progress.first_loss = loss
         elif progress.best_loss is None or loss < progress.best_loss:

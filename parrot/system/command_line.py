@@ -31,7 +31,8 @@ def parse(config_class, argv, description):
         elif kind == list[str]:
             more["nargs"] = "+"
         elif setting.type == list[str]:  # required, so it stands without a flag
-            flag, more["nargs"] = setting.name, "+"
+            flag = setting.name
+            more |= {"nargs": "+", "metavar": flag.rstrip("s").upper()}
         else:
             metavar = None if choices else kind.__name__.upper()
             more |= {"type": kind, "choices": choices, "metavar": metavar}

@@ -15,7 +15,7 @@ NO_MEMORY = "MemoryError|out of memory|can't allocate memory|create a primitive|
 
 
 class UserError(Exception):
-    """Something the user can mend: what was wrong, where, and what to do, in one line."""
+    """Something the user can fix: what was wrong, where, and what to do, in one line."""
 
     def __init__(self, text):
         super().__init__(" ".join(text.splitlines()))
@@ -104,7 +104,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.status = 128 + number
         # A thread: the signal may have interrupted a print, and the terminal may be stalled.
-        text = "\nstopping after this step (once more: at once, without saving)"
+        text = "\nstopping before the next update (once more: at once, without saving)"
         threading.Thread(target=say, args=[text], daemon=True).start()
 
 

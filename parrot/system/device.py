@@ -9,12 +9,12 @@ from parrot.system.distributed import torchrun_place
 
 
 def pick(device_name, dtype_name):
-    """--device, --dtype -> torch.device, torch.dtype; another type if it has no bfloat16 units."""
+    """--device, --dtype -> torch.device, torch.dtype; bfloat16 only where it pays."""
     device = pick_device(device_name)
     if dtype_name == "bfloat16" and not multiplies_bfloat16(device):
         has_float16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
         dtype_name = "float16" if has_float16 else "float32"
-        say(f"{device} has no units that multiply bfloat16: computing in {dtype_name}")
+        say(f"bfloat16 is slow or unreliable on {device}: computing in {dtype_name}")
     return device, getattr(torch, dtype_name)
 
 
@@ -37,18 +37,13 @@ def pick_device(name):
 
 
 def multiplies_bfloat16(device):
-    """Whether it has bfloat16 units. On a CPU without, a matmul is 400 times slower."""
+    """Whether bfloat16 is fast and right there. A CPU without units for it is 400 times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return False  # causal attention in half precision saw the future there (pytorch#195910)
     has, units = torch.cpu.get_capabilities(), ("avx512_bf16", "amx_bf16", "bf16")  # bf16: ARM's
     return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
-
-
-def name_of(device):
-    """The name of the card, or what kind of device it is."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def tokens_per_forward(model, dtype, longest=0):
@@ -60,11 +55,12 @@ def tokens_per_forward(model, dtype, longest=0):
         # On two cores, in 16 bits 2048 took a fifth more memory than 1536, and 1024 was 2% slower.
         # In float32, in the quick start, 640 took 0.5 GB less and was 2% slower, and 384 12%.
         return min(1536, 320 * torch.get_num_threads()) if dtype == torch.float32 else 1536
-    # Weights, gradients, two moments; 1 GB of logits; a token's some 35 numbers of a layer's width.
-    fixed, config = 16 * sum(p.numel() for p in model.parameters()) + 1e9, model.config
+    # Weights, gradients, two moments; a token's some 35 numbers of a layer's width, and its logits.
+    fixed, config = 16 * sum(p.numel() for p in model.parameters()), model.config
     per_layer = 35 * config.hidden_size * dtype.itemsize + 12 * config.num_attention_heads * longest
+    per_token = config.num_hidden_layers * per_layer + 14 * config.vocab_size
     spare = 0.8 * torch.cuda.get_device_properties(model.device).total_memory - fixed
-    return int(min(16384, max(1024, spare / (config.num_hidden_layers * per_layer))))
+    return int(min(16384, max(1024, spare / per_token)))
 
 
 def send(tensor, device):
@@ -75,7 +71,7 @@ def send(tensor, device):
 
 
 def autocast(device, dtype):
-    """Matrix products in `dtype`, everything else, the weights first, in float32."""
+    """Matrix products in `dtype`; everything else, above all the weights, in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 

@@ -73,8 +73,8 @@ class Processes:
             raise UserError(f"the processes do not have the same {what}")
 
     @contextmanager
-    def one_after_the_other(self):
-        """The first process enters alone, the others when it is through: it writes, they read."""
+    def first_process_first(self):
+        """The first process runs the block alone, then all others do: it writes, they read."""
         if self.rank > 0:
             self.sum(0)  # waits
         yield

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from parrot.assistant import Assistant
 from parrot.chat import default_system, encode_prompt
 from parrot.data import examples_of_step, load_examples
-from parrot.fast import memory
 from parrot.fast.packed import pays
 from parrot.files import hub
 from parrot.files.tokenizer import Tokenizer
@@ -102,12 +101,6 @@ def train_trl(args, **settings):
         SFTTrainer(model, config, train_dataset=Dataset.from_list(rows),
                    processing_class=tokenizer, callbacks=[Clock()]).train()
     return sum(len(tokens) for tokens, _ in examples) / (times[-1] - times[0])
-
-
-def train_trl_with_our_malloc(args, **settings):
-    """The same, with glibc's malloc kept from giving memory back (parrot/fast/memory.py)."""
-    memory.keep_freed()
-    return train_trl(args, **settings)
 
 
 def write_ours(num_tokens, samples=1):
@@ -220,9 +213,7 @@ TABLES = {  # what is measured: its sides, all held against the first
         "ours, compiled": lambda args: train_ours(args, "on"),
         "ours, not compiled": lambda args: train_ours(args, "off"),
         "TRL": train_trl,
-        "TRL, our malloc": train_trl_with_our_malloc,
-        "TRL, our malloc, no checkpointing":
-            lambda args: train_trl_with_our_malloc(args, gradient_checkpointing=False)},
+        "TRL, no checkpointing": lambda args: train_trl(args, gradient_checkpointing=False)},
     "one reply, tokens/s": {
         "ours": lambda args: write_ours(args.tokens),
         "ours, 16 replies": lambda args: write_ours(args.tokens // 2, 16),

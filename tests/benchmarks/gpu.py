@@ -43,7 +43,7 @@ NO_UNITS = 0.15  # allowed where the CPU cannot say what bfloat16's error is; he
 
 def gradients(folder, examples, device, dtype):
     """The mean loss of one ribbon, and its gradient by each parameter, on the CPU in float32."""
-    model, _ = assistant.load(folder, torch.float32, device)
+    model, _ = assistant.load_parts(folder, torch.float32, device)
     batch = Batch.of(examples, range(len(examples)), device)
     loss = loss_sum(model, batch, dtype) / len(batch.targets)
     loss.backward()
@@ -111,7 +111,7 @@ def check_replay(model):
 
 def check_all(folder, data, device):
     """All checks, and the speed of writing."""
-    model, tokenizer = assistant.load(folder, torch.bfloat16, device)
+    model, tokenizer = assistant.load_parts(folder, torch.bfloat16, device)
     examples, _, _ = load_examples(hub.find_data(data), tokenizer, 2048, 0.02)
     few = Examples.of([examples[index] for index in range(4)])
     good = [check_gradients(folder, few, device), check_attention(device), check_replay(model)]

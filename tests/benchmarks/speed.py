@@ -130,7 +130,7 @@ def measure(args):
                "sample.py to its first word, s": first_word(folder, device, args.dtype)}
 
     rate, peak = train(folder, args)
-    model, tokenizer = assistant.load(folder, dtype, device)
+    model, tokenizer = assistant.load_parts(folder, dtype, device)
     examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
     flop = flop_per_token(model, examples.lengths.astype(float), examples.parts[0][1].mean())
     figures["training, tokens/s"] = rate

@@ -29,27 +29,24 @@ from parrot import assistant, attention, fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES, QUICKSTART, TrainConfig
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.fast import compiling, memory
+from parrot.fast import compiling
 from parrot.fast.packed import pack, pays
 from parrot.files import hub
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 
 ROWS = {  # table -> the speed-ups, in the order in which they are added
-    "training, tokens/s": ["memory", "ribbon attention", "head", "compile"],
+    "training, tokens/s": ["ribbon attention", "compile"],
     "one greedy reply, tokens/s": ["cached step", "captured step", "packed"],
     "16 sampled replies, tokens/s": ["cached step", "captured step", "nucleus", "packed"]}
-ONLY_ON = {"memory": "cpu", "nucleus": "cpu", "packed": "cpu", "captured step": "cuda"}
+ONLY_ON = {"nucleus": "cpu", "packed": "cpu", "captured step": "cuda"}
 
 
 def nothing(*_, **__):
-    """The plain form of what only prepares."""
+    """The plain form of what may be left out."""
 
 
 PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, name, plain form
-    "memory": [(memory, "keep_freed", nothing), (memory, "give_back", nothing)],
     "ribbon attention": [(attention, "FastAttention", nothing)],  # then Ribbon takes the formula
-    "head": [(training, "loss_sum",
-              lambda model, batch, dtype: training.token_losses(model, batch, dtype).sum())],
     "compile": [(compiling, "compile_blocks", nothing)],
     "cached step": [(attention, "FastStep", attention.Step),
                     (sampling, "cache_dtype", lambda model: model.dtype)],
@@ -75,8 +72,7 @@ def only(speed_ups):
 def train(args):
     """Tokens per second of training as train.py does it, after one step that does not count."""
     device, dtype = pick(args.device, args.dtype)
-    memory.keep_freed()
-    model, tokenizer = assistant.load(hub.find_weights(args.weights).path, torch.float32, device)
+    model, tokenizer = assistant.load_parts(hub.find_weights(args.weights).path, torch.float32, device)
     examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
     max_tokens = tokens_per_forward(model, dtype)
     compiling.compile_blocks(model, "on", dtype, attention.Ribbon([256], device), num_tokens=0)
@@ -89,7 +85,6 @@ def train(args):
         splits = micro_batches(indices, examples.lengths, None, max_tokens)
         take_step(model, optimizer, [Batch.of(examples, split, device) for split in splits], dtype)
         num_tokens += int(examples.lengths[indices].sum())
-        memory.give_back()
     return num_tokens / (time.perf_counter() - started)
 
 

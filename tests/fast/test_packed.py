@@ -62,14 +62,14 @@ def reply_of(model, tokenizer):
 
 @functools.cache
 def plain_reply(folder, dtype):
-    return reply_of(*assistant.load(folder, dtype, CPU))
+    return reply_of(*assistant.load_parts(folder, dtype, CPU))
 
 
 def test_the_real_model_writes_the_same_reply(q4_folder, kind):
     """And one reply keeps the weights in their type."""
     dtype, many = kind
     expected = plain_reply(q4_folder, dtype if multiplies_bfloat16(CPU) else torch.float32)
-    model, tokenizer = assistant.load(q4_folder, dtype, CPU)
+    model, tokenizer = assistant.load_parts(q4_folder, dtype, CPU)
     model = packed.pack(model, many)
     assert reply_of(model, tokenizer) == expected and len(expected) == 24
     if not many:

@@ -160,7 +160,7 @@ def write_gguf(path, fields, tensors):
 def test_a_tiny_model_comes_back(tiny_tokenizer, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_fields(tiny_tokenizer), tiny_tensors())
     import_gguf(tmp_path / "tiny.gguf", tmp_path)
-    model, tokenizer = assistant.load(tmp_path)
+    model, tokenizer = assistant.load_parts(tmp_path)
     assert model.config == tiny_config()
     for ours, parameter in zip(model.parameters(), tiny_model().parameters(), strict=True):
         assert torch.equal(ours, parameter.bfloat16().float())
@@ -197,7 +197,7 @@ def test_whatever_the_fields_hold_it_loads_or_is_refused(data, tiny_tokenizer, t
     (folder / "model").mkdir()
     try:
         import_gguf(folder / "tiny.gguf", folder / "model")
-        assistant.load(folder / "model")
+        assistant.load_parts(folder / "model")
     except UserError as error:
         assert str(error).startswith(str(folder)) and "\n" not in str(error)
 

@@ -44,7 +44,7 @@ def edit_tensors(folder, edit):
 
 
 def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
-    model, tokenizer = assistant.load(q4_folder)
+    model, tokenizer = assistant.load_parts(q4_folder)
     assistant.save(tmp_path, model, tokenizer, torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
     reference_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -55,7 +55,7 @@ def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
     written = reference.generate(**inputs, max_new_tokens=40, do_sample=False,
                                  repetition_penalty=1.0)
     theirs = written[0, inputs["input_ids"].shape[1]:]
-    saved, saved_tokenizer = assistant.load(tmp_path)
+    saved, saved_tokenizer = assistant.load_parts(tmp_path)
     stop = stop_tokens(saved_tokenizer, chats=True)
     assert stop == {0, 2}
     prompt = inputs["input_ids"][0].tolist()
@@ -197,7 +197,7 @@ def test_damaged_files_are_named(folder, spoil):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tokenizer):
     assistant.save(tmp_path, tiny_model(), tokenizer, torch.float32)
     with pytest.raises(UserError, match="tokenizer has 49152 tokens"):
-        assistant.load(tmp_path)
+        assistant.load_parts(tmp_path)
 
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400)
@@ -218,7 +218,7 @@ def test_whatever_the_configs_say_a_folder_loads_or_is_refused(
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     try:
-        model, tokenizer = assistant.load(folder)
+        model, tokenizer = assistant.load_parts(folder)
         assert all(isinstance(token, int) for token in stop_tokens(tokenizer, chats=True))
         default_system(tokenizer.chat_template or "")
     except UserError:
@@ -230,7 +230,7 @@ def test_whatever_the_configs_say_a_folder_loads_or_is_refused(
 def test_files_that_are_not_what_they_should_be(name, content, folder):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
-        assistant.load(folder)
+        assistant.load_parts(folder)
 
 
 def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
@@ -249,7 +249,7 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
         if event == "open" and opened is not None:
             opened.append(str(arguments[0]))
     sys.addaudithook(note)
-    model, tokenizer = assistant.load(folder)
+    model, tokenizer = assistant.load_parts(folder)
     system = default_system(tokenizer.chat_template)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, system)
     stop = stop_tokens(tokenizer, chats=True)
@@ -266,11 +266,11 @@ def test_where_a_base_model_stops(format, stop, folder):
     for name in ("config.json", "generation_config.json"):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**config, "eos_token_id": 0}))
-    assert Assistant("", *assistant.load(folder), format).stop == stop
+    assert Assistant("", *assistant.load_parts(folder), format).stop == stop
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_missing_files_are_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):
-        assistant.load(folder)
+        assistant.load_parts(folder)

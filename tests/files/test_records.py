@@ -217,7 +217,7 @@ def test_a_line_of_50_megabytes_is_no_conversation(tmp_path):
 def test_a_conversation_of_100_000_turns_is_left_out(records_file, tiny_tokenizer):
     path = records_file([{"messages": [USER, REPLY] * 50_000}, {"messages": [USER, REPLY]}])
     train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0)
-    assert train.source(0) == f"{path}:2" and told[0].startswith("1 left out: longer")
+    assert train.source(0) == f"{path}:2" and told[0].startswith("1 examples left out: longer")
 
 
 def test_missing_files_and_folders(tmp_path):

@@ -113,7 +113,7 @@ def test_a_tokenizer_that_changes_text_or_joins_it_is_refused(part, tiny_tokeniz
         content["model"]["vocab"]["Ċ1"] = 400
         content["model"]["merges"].insert(0, ["Ċ", "1"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="tokenizer.json (is|changes|makes) ") as caught:
+    with pytest.raises(UserError, match="tokenizer.json (is|changes|encodes) ") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -126,15 +126,15 @@ def in_the_file(change):
 
 
 @pytest.mark.parametrize("edit, words", [
-    (lambda c: c["model"].update(dropout=0.5), "is no byte-level BPE like SmolLM2"),
-    (in_the_file({"lstrip": True, "rstrip": True}), "makes other tokens"),
-    (lambda c: c.update(added_tokens=[]), "makes other tokens"),
-    (in_the_file({"single_word": True}), "makes other tokens"),
+    (lambda c: c["model"].update(dropout=0.5), "is not a byte-level BPE like SmolLM2"),
+    (in_the_file({"lstrip": True, "rstrip": True}), "encodes a conversation differently"),
+    (lambda c: c.update(added_tokens=[]), "encodes a conversation differently"),
+    (in_the_file({"single_word": True}), "encodes a conversation differently"),
     (lambda c: c.update(post_processor={
         "type": "TemplateProcessing", "pair": [], "single": [
             {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}),
-     "makes other tokens"),
+     "encodes a conversation differently"),
     (lambda c: c["model"].update(merges=[], vocab={k: v for k, v in c["model"]["vocab"].items() if k != "Ċ"}), "changes text")])
 def test_a_tokenizer_with_a_twist_is_refused(edit, words, tiny_tokenizer, tmp_path):
     content = json.loads(tiny_tokenizer.content)
@@ -167,5 +167,5 @@ def test_templates_that_are_taken(template, tiny_folder, tmp_path):
 def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(UserError, match="tokenizer_config.json has a chat template that"):
+    with pytest.raises(UserError, match="tokenizer_config.json has a chat template (that|whose)"):
         Tokenizer(tmp_path)

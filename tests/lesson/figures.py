@@ -46,7 +46,7 @@ def schedule(steps=20, peak=2.5e-4):
 def weights_of_head():
     """(tokens as text, attention weights (N, N) of one head): who looks at whom."""
     fast.enabled = False  # so that attention.attention is what runs
-    model, tokenizer = assistant.load(hub.find_weights("instruct-q4").path)
+    model, tokenizer = assistant.load_parts(hub.find_weights("instruct-q4").path)
     by_the_formula, weights = attention.attention, []
 
     def watched(q, k, v, visible):

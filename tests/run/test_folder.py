@@ -203,7 +203,7 @@ def test_what_is_not_finite_is_not_saved(value, of_optimizer, folder):
     model, optimizer = trained(2)
     parameter = list(model.parameters())[1]
     (optimizer.state[parameter]["exp_avg"] if of_optimizer else parameter.data).view(-1)[3] = value
-    with pytest.raises(UserError, match="not finite: not saved. .*state.safetensors is whole: --resume"):
+    with pytest.raises(UserError, match="not finite: not saved. .*state.safetensors is intact: --resume"):
         folder.save(model, optimizer, Progress(step=2))
     assert (folder.checkpoint).read_bytes() == before
 

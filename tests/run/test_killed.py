@@ -179,7 +179,7 @@ def end_of(config):
 def the_best_so_far_is_whole(config):
     """Whoever cannot wait for the end may use it."""
     if os.path.exists(os.path.join(config.out, "model.safetensors")):
-        assistant.load(config.out)
+        assistant.load_parts(config.out)
 
 
 def finished(config):
@@ -239,7 +239,7 @@ def full_at(moment, c):
     assert "Traceback" not in told
     if status:  # else only small things were left to write
         assert status == 1 and "cannot write into" in told and "File too large" in told
-        assert "is whole: --resume goes on" in told or "No checkpoint was written yet" in told
+        assert "is intact: --resume continues" in told or "No checkpoint was written yet" in told
     return end_of(c)
 
 

@@ -104,7 +104,7 @@ def test_the_first_signal_is_announced_once_and_the_second_ends_at_once(capsys):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         time.sleep(1)
-    assert capsys.readouterr().err.count("stopping after this step") == 1
+    assert capsys.readouterr().err.count("stopping before the next update") == 1
 
 
 def test_without_a_signal_nothing_is_announced(capsys):

@@ -42,7 +42,7 @@ def test_a_process_alone_changes_nothing():
     assert processes.sum_step(model, 3, 0.5) == (3, 0.5) and model.weight.grad is None
     assert processes.sum(3, 0.5) == [3, 0.5] and processes.share([1, 2]) == [1, 2]
     assert processes.largest(None) == 0 and processes.largest(130) == 130
-    with processes.one_after_the_other():
+    with processes.first_process_first():
         pass
     processes.close()
 
@@ -73,7 +73,7 @@ numbers = processes.sum_step(model, 10 + processes.rank, 0.5)
 print(numbers, model.weight.grad.tolist(), model.bias.grad.tolist())
 processes.check_same("data", {"a": "b"})
 print(processes.sum(2**24 + 1, 1), processes.largest(processes.rank * 130 or None))
-with processes.one_after_the_other():
+with processes.first_process_first():
     print("one after the other")
 processes.close()"""
 
@@ -92,7 +92,7 @@ def test_both_processes_notice_that_they_differ():
 
 
 ONE_FAILS = """
-with processes.one_after_the_other():
+with processes.first_process_first():
     if processes.rank == 0:
         raise UserError("no such file")
 print("never")"""

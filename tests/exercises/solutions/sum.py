@@ -4,14 +4,11 @@ train.py calls backward() on the result for each ribbon of a step, then divides 
 by the number of targets of all ribbons. The result must not depend on how a step was split.
 """
 
-import torch.nn.functional as F
-
-from parrot.training import hidden_states_of_targets
+from parrot.training import token_losses
 
 
 def loss_sum(model, batch, dtype):
     """The loss of a ribbon, as train.py needs it."""
-    hidden_states = hidden_states_of_targets(model, batch, dtype)  # (S, C)
-    logits = model.logits(hidden_states).float()  # (S, V)
-    loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+    losses = token_losses(model, batch, dtype)  # (S,)
+    loss = losses.sum()
     return loss
