@@ -18,7 +18,6 @@ from parrot.assistant import Assistant
 from parrot.config import SampleConfig
 from parrot.fast.packed import pays
 from parrot.files import hub
-from parrot.files.tokenizer import StreamDecoder
 from parrot.sampling import generate, room_after
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, refuse, run_program, say, side_by_side
@@ -74,23 +73,31 @@ def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
     settings = {name: getattr(config, name) for name in names}
     generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    written = [StreamDecoder(assistant.tokenizer) for _ in range(config.num_samples)]
-    for tokens in generate(assistant.model, [prompt], assistant.stop, generator=generator,
-                           max_new_tokens=config.max_new_tokens, samples_each=len(written),
-                           **settings):
-        for decoder, token in zip(written, tokens, strict=True):
-            text = "" if token is None else decoder.step(token)
-            if stream:
-                print(printable(text), end="", flush=True)
+    replies, shown = [[] for _ in range(config.num_samples)], ""
+    for step in generate(assistant.model, [prompt], assistant.stop, generator=generator,
+                         max_new_tokens=config.max_new_tokens, samples_each=len(replies),
+                         **settings):
+        for tokens, token in zip(replies, step, strict=True):
+            tokens += [] if token is None else [token]
+        if stream:
+            shown = show(assistant.tokenizer.decode(replies[0]), shown)
+    texts = list(map(assistant.tokenizer.decode, replies))
     if stream:
-        print(printable(written[0].finish()), flush=True)
-    longest = max(len(decoder.tokens) for decoder in written)
+        print(printable(texts[0][len(shown):]), flush=True)
+    longest = max(map(len, replies))
     if longest == room_after([len(prompt)], assistant.model.config, config.max_new_tokens):
         say(f"[{assistant.name}: cut after {longest} tokens]")
-    texts = [assistant.tokenizer.decode(decoder.tokens) for decoder in written]
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
+
+
+def show(text, shown):
+    """Print what of `text` was not shown yet -> what is shown now. Half a character has to wait."""
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        return shown
+    print(printable(text[len(shown):]), end="", flush=True)
+    return text
 
 
 def chat(assistant: Assistant, config: SampleConfig):

@@ -97,8 +97,12 @@ def default_system(template, folder="the model"):
     if IM_START not in template or IM_END not in template:
         raise UserError(f"{folder}: the chat template is not ChatML (<|im_start|> ... <|im_end|>): "
                         "use another model, or sample.py --format plain to continue a text")
+    template = re.sub("{#.*?#}", "", template, flags=re.DOTALL)
     match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
-    return match and match[1]
+    if re.search(r"system(\\n|\n)", template) and not match:
+        raise UserError(f"{folder}: the system turn of its chat template cannot be read: use "
+                        "another model, or sample.py --format plain to continue a text")
+    return match and match[1].replace("\\n", "\n")
 
 
 def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):

@@ -35,9 +35,9 @@ class Recipe(Machine):
     val_data: str | None = option(None, "held-out data: a split of --data, or what --data takes")
     max_examples: int | None = option(None, "use only the first N examples of --data", at_least=1)
     out: str = option("out/littleparrot", "the run's folder", may_change=True)
-    epochs: int = option(3, "how often every example is seen", at_least=1)
+    epochs: int = option(3, "how often every example is seen", at_least=1, at_most=10**9)
     max_steps: int | None = option(None, "steps after which run and schedule end", at_least=1)
-    batch_size: int = option(64, "examples in one step, at most", at_least=1)
+    batch_size: int = option(64, "examples in one step, at most", at_least=1, at_most=10**9)
     micro_batch_size: int | None = option(None, "examples per forward", at_least=1, may_change=True)
     micro_batch_tokens: int | None = option(None, "tokens in one forward; default: by the device",
                                             at_least=1, may_change=True)
@@ -49,7 +49,7 @@ class Recipe(Machine):
     beta1: float = option(0.9, "AdamW's beta1", at_least=0, at_most=0.9999)
     beta2: float = option(0.95, "AdamW's beta2", at_least=0, at_most=0.99999)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", at_least=0)
-    seed: int = option(0, "order of the examples", at_least=0)
+    seed: int = option(0, "order of the examples", at_least=0, at_most=2**63 - 1)
     compile: str = option("auto", "torch.compile the blocks; auto: if it works, in long runs",
                           choices=("auto", "on", "off"), may_change=True)
     eval_every: int = option(50, "steps between two held-out losses", at_least=1)
@@ -72,6 +72,8 @@ class Recipe(Machine):
             f"{self.batch_size}": (self.micro_batch_size or 1) > self.batch_size,
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,
+            "--resume and --keep no: what it learned would be lost":
+                self.resume and self.keep == "no",
             f"--out {self.out!a} is not UTF-8, which safetensors needs":
                 self.out.encode("utf-8", "ignore").decode() != self.out,
             f"--out {self.out} is the name of a model: choose another folder":

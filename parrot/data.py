@@ -25,7 +25,7 @@ from parrot.files.examples import Examples
 from parrot.files.hub import Found
 from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
-from parrot.system.console import UserError
+from parrot.system.console import UserError, printable
 from parrot.system.device import send
 from parrot.system.disk import read_json, sha256_of, write_json
 
@@ -111,8 +111,8 @@ def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs
     """Tokenise the PART records from `start` on into `folder`; notes.json holds the remarks."""
     bad, places = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
     conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
-    conversations = iter(tqdm(conversations, f"tokenising {path.name}", leave=False, initial=start,
-                              total=total))
+    conversations = iter(tqdm(conversations, printable(f"tokenising {path.name}"), leave=False,
+                              initial=start, total=total))
 
     def encoded():
         while chunk := list(islice(conversations, 2048)):  # a batch uses all cores

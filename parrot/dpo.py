@@ -35,7 +35,7 @@ from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
 from parrot.sampling import replies
 from parrot.system.command_line import option, parse
-from parrot.system.console import run_program
+from parrot.system.console import run_program, say
 from parrot.system.device import pick_device, send
 from parrot.training import held_out_batches, token_losses
 from train import train
@@ -152,10 +152,17 @@ class PreferenceTrainer(Trainer):
 def self_play(config: PreferenceConfig) -> hub.Found:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
     data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
-    conversations = [item.messages for path in data.files for item in read_conversations(path)
-                     if len(item.messages) == 2][:config.max_examples]
     device, files = pick_device(config.device), []
     assistant = Assistant.load("", weights.path, torch.float32, device, "chat")
+    room = assistant.model.config.max_position_embeddings - SAMPLING["max_new_tokens"]
+    bad = [] if config.skip_bad_records else None
+    every = [item.messages for path in data.files for item in read_conversations(path, bad)]
+    conversations = [messages for messages in every
+                     if [message["role"] for message in messages] == ["user", "assistant"]
+                     and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)]
+    conversations = conversations[:config.max_examples]
+    say(f"self-play with {len(conversations)} of {len(every)} records: of one question, not too "
+        "long, and one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         chunk = conversations[start:start + AT_ONCE]

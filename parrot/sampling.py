@@ -42,7 +42,7 @@ def nucleus(logits, temperature, top_p):
     before = torch.zeros_like(probabilities)  # the sum of all likelier tokens
     before[:, 1:] = probabilities.cumsum(-1)[:, :-1]
     if top_p < 1:
-        probabilities = probabilities.masked_fill(before > top_p - ROUNDING, 0.0)
+        probabilities = probabilities.masked_fill(before > max(top_p - ROUNDING, 0), 0.0)
     return probabilities / probabilities.sum(-1, keepdim=True), tokens
 
 

@@ -66,6 +66,25 @@ def test_our_template_has_no_default_system_turn():
     assert default_system(CHAT_TEMPLATE) is None
 
 
+TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+
+
+@pytest.mark.parametrize("template, system", [
+    ("{{ '<|im_start|>system\\nYou are kind.\\nYou are brief.<|im_end|>\\n' }}", "You are kind.\nYou are brief."),
+    ("{# <|im_start|>system\\nA comment.<|im_end|> #}" + TURN, None), (TURN, None)])
+def test_the_system_turn_of_a_template(template, system):
+    assert default_system(template) == system
+
+
+@pytest.mark.parametrize("template", [
+    '{{ "<|im_start|>system\\nYou\'re a kind parrot.<|im_end|>\\n" }}',
+    "{% set mine = 'Be kind.' %}{{ '<|im_start|>system\\n' + mine + '<|im_end|>' }}" + TURN,
+    "{{ '<|im_start|>' + 'system\\n' + 'Be kind.<|im_end|>\\n' }}"])
+def test_a_system_turn_that_cannot_be_read_is_not_left_out(template):
+    with pytest.raises(UserError, match="the system turn of its chat template cannot be read"):
+        default_system(template)
+
+
 def test_other_templates_are_refused():
     with pytest.raises(UserError, match="not ChatML"):
         default_system("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}")

@@ -40,6 +40,8 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
     (["--learning-rate", "1e-5", "--min-learning-rate", "1e-4"],
      "--min-learning-rate 0.0001 is above"),
     (["--out", "o\udce9x"], "is not UTF-8"),
+    (["--resume", "--keep", "no"], "--resume and --keep no"), (["--seed", str(2**64)], "must be at most"),
+    (["--epochs", "9" * 400], "must be at most"), (["--batch-size", "9" * 400], "must be at most"),
     (["--out", "instruct"], "--out instruct is the name of a model"),
     (["--val-fraction", "1"], "must be at most 0.9"), (["--nonsense"], "unrecognized arguments")])
 def test_wrong_settings_end_with_status_2_and_a_word(argv, message, capsys):
@@ -89,7 +91,7 @@ def test_the_fields_of_base_classes_are_options_too(capsys):
     assert parse(Nested, ["a", "--share", "0.5", "--seed", "1"], "") == Nested(1, 0.5, ["a"])
     for argv, message in ([["a", "--share", "1.5"], "argument --share: 1.5 must be at most 1"],
                           [["a", "--seed", "-1"], "argument --seed: -1 must be at least 0"],
-                          [[], "the following arguments are required: names"]):
+                          [[], "the following arguments are required: NAME"]):
         with pytest.raises(SystemExit):
             parse(Nested, argv, "")
         assert message in capsys.readouterr().err

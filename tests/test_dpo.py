@@ -186,7 +186,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, monkeypatch):
         return preference_loss(*args)
     with pytest.raises(Interrupted):
         train(config(), PreferenceTrainer, interrupted)
-    with pytest.raises(UserError, match="--beta was 0.1 and is now 0.2"):
+    with pytest.raises(UserError, match="--beta was 0.1, not 0.2"):
         run(config(resume=True, beta=0.2))
     run(config(resume=True))
     run(config(out=config().out + "-whole"))
@@ -216,6 +216,21 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
     assert metrics(c.out) == metrics(c.out + "2")
     about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
     assert about["config"]["self_play"] == "dolly.jsonl"  # no folder of this machine
+
+
+def test_self_play_takes_one_question_and_one_reply(config, records_file, capsys):
+    """Neither longer conversations, nor those that the model begins, nor prompts without room for a reply."""
+    turn = {"user": {"role": "user", "content": "Q"}, "assistant": {"role": "assistant", "content": "A"},
+            "system": {"role": "system", "content": "S"}}
+    others = [{"messages": [turn[role] for role in roles]} for roles in (
+        ["user", "assistant"] * 2, ["system", "user", "assistant"], ["assistant", "user", "assistant"])]
+    gpt_first = {"messages": [turn["assistant"], {"role": "user", "content": "My secret"}]}
+    long = {"instruction": "long " * 300, "response": "A"}
+    data = records_file([*some_records(12), *others, gpt_first, long])
+    found = dpo.self_play(config(data=None, self_play=str(data)))
+    assert "self-play with 12 of 17 records" in capsys.readouterr().err
+    prompts = [json.loads(line)["prompt"] for path in found.files for line in path.open(encoding="utf-8")]
+    assert prompts and not {"Q", "My secret"} & set(prompts) and max(map(len, prompts)) < 1000
 
 
 def test_pairs_or_self_play_but_not_both(capsys):

@@ -1,5 +1,6 @@
 """sample.py from the command line: what goes to stdout, what to stderr, and the chat."""
 
+import contextlib
 import io
 import os
 import shlex
@@ -10,12 +11,14 @@ import time
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import sample
 from parrot import assistant, sampling
 from parrot.chat import encode_prompt
 from parrot.config import REPETITION_PENALTY
-from parrot.system.console import run_program
+from parrot.system.console import printable, run_program
 
 
 @pytest.fixture
@@ -34,6 +37,24 @@ def ask(monkeypatch, capsys):
 
 
 SHORT = ("--max-new-tokens", 12)
+
+
+@given(text=st.text(max_size=60))
+def test_what_is_shown_bit_by_bit_is_the_text(tokenizer, text):
+    tokens, shown, out = tokenizer.encode(text), "", io.StringIO()
+    assume(tokenizer.decode(tokens) == text)  # bytes never seen in pretraining have no token
+    with contextlib.redirect_stdout(out):
+        for count in range(len(tokens)):
+            shown = sample.show(tokenizer.decode(tokens[:count + 1]), shown)
+    assert out.getvalue() == printable(shown) and text.startswith(shown)
+    assert shown == text or text.endswith("\N{REPLACEMENT CHARACTER}")
+
+
+def test_half_a_character_is_held_back(tokenizer, capsys):
+    tokens = tokenizer.encode("🦜")
+    assert len(tokens) > 1
+    assert [sample.show(tokenizer.decode(tokens[:count]), "") for count in range(1, len(tokens))] == [""] * (len(tokens) - 1)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):

@@ -48,6 +48,8 @@ def test_the_token_that_crosses_the_threshold_stays_in():
     assert nucleus(logits, 1.0, 0.6)[0].gt(0).tolist() == [True, True, False, False]
     assert nucleus(logits, 1.0, 0.5)[0].gt(0).tolist() == [True, False, False, False]
     assert nucleus(logits, 1.0, 0.8)[0].gt(0).tolist() == [True, True, True, False]
+    for top_p in (1e-300, 1e-7, 9e-7):
+        assert nucleus(logits, 1.0, top_p)[0].tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 300])

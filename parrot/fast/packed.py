@@ -22,7 +22,7 @@ class PackedLinear:
         if scale is not None:
             weight = (torch.cat(weights) * scale).to(weight.dtype).detach()
         self.weight, self.packed = weight.T, None
-        if many:
+        if many and weight.dtype != torch.float16:  # few CPUs can
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # suits 16 rows
             if weight.dtype == torch.float32:
                 self.weight = None  # its own order is as good for one row

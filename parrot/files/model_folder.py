@@ -71,15 +71,15 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
         tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-    # Some folders hold the tied head, too.
-    head = None if "lm_head.weight" in shapes else tensors.pop("lm_head.weight", None)
+    head = None if "lm_head.weight" in shapes else tensors.pop("lm_head.weight", None)  # tied, too
     for name in sorted(shapes.keys() | tensors.keys()):
         tensor, shape = tensors.get(name, torch.empty(0)), shapes.get(name)
         refuse(f"{path}: tensor {name}", {
             "is missing": name not in tensors,
             "has no place in this architecture": name not in shapes,
             f"is {list(tensor.shape)} of {tensor.dtype}, expected {shape} of floats":
-                tensor.shape != shape or not tensor.is_floating_point()})
+                tensor.shape != shape or not tensor.is_floating_point()
+                or tensor.dtype.itemsize < 2})  # float8 does not compute
         tensors[name] = tensor.to(device, dtype)
     embeddings = tensors["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head.to(device, dtype), embeddings):

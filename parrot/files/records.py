@@ -74,7 +74,9 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
     rest = {"messages": record} if isinstance(record, list) else record
     if not isinstance(rest, dict) or None in rest:  # None: cells of CSV that have no name
         raise UserError(f"not a JSON object but {record!r:.40}")
-    rest = {key: value for key, value in rest.items() if _has_text(value)}
+    rest = {key: value for key, value in rest.items() if _has_text(value) or (
+        key in SHAPES["prompt"] + SHAPES["context"] + SHAPES["reply"]  # a number there is refused
+        and not isinstance(value, str) and value not in (None, [], {}) and value == value)}
     unused = set() if unused is None else unused
     messages = _turns(*_take(rest, "turns"), unused) or _prompt_and_reply(rest, unused)
     messages = _turns(*_take(rest, "history"), unused) + messages
@@ -102,7 +104,8 @@ def to_pair(record, unused: set):
         pair.append([*_only_read(earlier), last])
     if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
         raise UserError("chosen and rejected are equal, or answer different prompts")
-    unused -= set(SHAPES["prompt"])  # it is among the turns
+    shown = {message["content"].strip() for message in pair[0]}
+    unused -= {key for key in SHAPES["prompt"] if str(rest.get(key)).strip() in shown}
     unused |= {"response"} if _has_text(rest.get("response")) else set()
     return pair
 
@@ -141,6 +144,11 @@ def _only_read(messages):
 
 def _turns(value, where, unused, role="user"):
     """Turns, a turn, or a text of `role` -> messages. Texts in a list: user, assistant, user."""
+    refuse(where, {
+        f"is {value!r:.40}, expected a list of turns":
+            isinstance(value, str) and where in SHAPES["turns"] + SHAPES["history"],
+        "is a list of texts: which of them is the reply?": where in SHAPES["reply"]
+            and isinstance(value, list) and any(isinstance(turn, str) for turn in value)})
     if isinstance(value, list):
         turns = zip(count(1), value, cycle(("user", "assistant")))
         return [message for number, turn, role in turns
@@ -150,13 +158,13 @@ def _turns(value, where, unused, role="user"):
     turn = dict(value)
     name = turn.pop("role", turn.pop("from", None))
     content = turn.pop("content", turn.pop("value", None))
-    weights = [turn.pop("weight", None), turn.pop("train", None)]  # 0, false: it is only read
+    weights = [turn.pop(key, None) for key in ("weight", "train", "training", "loss")]
     role = ROLES.get(str(name).lower())
     refuse(f"{where}:", {
         "tool calls cannot be trained here":
             name in ("tool", "function") or turn.get("tool_calls") or turn.get("function_call"),
         f"role is {name!r:.40}, expected one of {', '.join(ROLES)}": not role,
-        f"weight and train are {weights!r:.40}, expected 0 or 1":
+        f"its weights are {weights!r:.40}, expected 0 or 1":
             any(weight not in (None, 0, 1) for weight in weights)})
     if role == "system" and not _has_text(content):
         return []

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from parrot.system.console import UserError
+from parrot.system.disk import open_to_read
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 csv.field_size_limit(1 << 30)
@@ -59,7 +60,7 @@ def source_of(path):
 
 def _lines(path):
     """The lines of a file as UTF-8. UTF-16 is known by the byte order mark that it begins with."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         if file.peek(2)[:2] == b"\x1f\x8b":
             file = gzip.GzipFile(fileobj=file)
         mark = file.peek(3)[:3]
@@ -72,9 +73,10 @@ def _lines(path):
 
 def _parquet_rows(path, start, columns):
     from pyarrow import parquet  # late: few need it
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(open_to_read(path))
     names = [field.name for field in file.schema_arrow if columns is not None
-             and (field.name in columns or str(field.type).endswith("string"))]
+             and (field.name in columns or "string" in str(field.type))
+             and "timestamp" not in str(field.type)]
     for batch in file.iter_batches(1024, columns=names):  # row group by row group
         yield from batch.slice(start).to_pylist()
         start = max(0, start - batch.num_rows)

@@ -4,6 +4,7 @@ A *control token* such as `<|im_end|>` is one id that no text can spell here: ty
 becomes ordinary tokens that end no turn. Only code that asks for `control(...)` gets the id.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from parrot.system.console import UserError, refuse
 from parrot.system.disk import open_to_read, read_json
 
 CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+LETTERS = "".join(map(chr, [*range(32, 2048), *range(0x1000, 0xD000, 0x1000), 0xE000, 0xF000]))
 TRIAL = ("<|im_start|>system\nBe KIND.<|im_end|>\n<|im_start|>user\nNaïve e\u0301 漢 🦜's\n\n\tx  y"
-         "<|im_end|>\n<|im_start|>assistant\n1. Ho<|im_end|>\n<|im_start|>assistant\né<|im_end|>\n")
+         f"{LETTERS}<|im_end|>\n<|im_start|>assistant\n1. Ho<|im_end|>\n"
+         "<|im_start|>assistant\né<|im_end|>\n")
 
 
 class Tokenizer:
@@ -34,14 +37,16 @@ class Tokenizer:
             self.backend.add_special_tokens(known)  # the file may not mark them as special
             # What changes text, or joins it over the seams of chat.pieces_of, is refused.
             model, text = self.backend.model, self.decode(self.encode(TRIAL))
-            is_bpe = isinstance(model, tokenizers.models.BPE) and not model.dropout
+            same = len(os.path.commonprefix([TRIAL, text]))
+            is_bpe = isinstance(model, tokenizers.models.BPE) and not (
+                model.dropout or self.backend.normalizer)
             pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
             tokens = [[self.control(piece)] if piece in known else self.encode(piece)
                       for piece in pieces]
             refuse(path, {
-                "is not a byte-level BPE like SmolLM2's (or has dropout)":
+                "is not a byte-level BPE like SmolLM2's (or has dropout, or a normalizer)":
                     not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
-                f"changes text: a trial comes back as {text!r:.80}": text != TRIAL,
+                f"changes text: {TRIAL[same:][:9]!a} becomes {text[same:][:9]!a}": text != TRIAL,
                 "encodes a conversation differently from its pieces":
                     IM_END in known and sum(tokens, []) != whole})
         except (KeyboardInterrupt, UserError):
@@ -87,23 +92,3 @@ def read_chat_template(folder):
                   "has a chat template whose turns differ from those of chat.py (<|im_start|>role, "
                   "new line, text<|im_end|>, new line)": IM_START in code and not is_ours})
     return template or None
-
-
-class StreamDecoder:
-    """Text piece by piece as tokens come; a character spread over several waits until complete."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.tokens, self.length = tokenizer, [], 0
-
-    def step(self, token: int) -> str:
-        """The text that this token completes, perhaps none."""
-        self.tokens.append(int(token))
-        text = self.finish()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps half of one
-            return ""
-        self.length += len(text)
-        return text
-
-    def finish(self) -> str:
-        """What is still waiting: an unfinished character becomes U+FFFD."""
-        return self.tokenizer.decode(self.tokens)[self.length:]

@@ -72,14 +72,14 @@ def check_same(path, about, config: Recipe):
 
     def fixed(about):  # of files the hashes, of types the one that was computed in
         return {**{name: about["config"].get(name) for name in names}, "dtype": about["dtype"],
-                **{kind: about[kind]["files"] for kind in ("weights", "data", "val_data")}}
+                **{kind: [*about[kind]["files"].items()]  # their order matters, too
+                   for kind in ("weights", "data", "val_data")}}
     with report.contents_of(path):
         before = fixed(read_json(path))
     for name, value in fixed(about).items():
         if before[name] != value:
-            raise UserError(
-                f"--resume: --{name.replace('_', '-')} was {before[name]} and is now {value}. "
-                "Resume with the same settings and files, or start anew with another --out.")
+            raise UserError(f"resume: --{name.replace('_', '-')} was {before[name]}, not {value}. "
+                            "Resume with the same settings and files, or start anew elsewhere.")
 
 
 def writing(method):

@@ -33,8 +33,8 @@ def render(folder):
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
         before = about.pop("before", [])
-        after = about.pop("after", []) or [["", "not yet known"]] * len(before)
-        replies = [[*old, new[1]] for old, new in zip(before, after, strict=True)]
+        after = dict(about.pop("after", []))  # a resumed run may --ask others
+        replies = [[*old, after.get(old[0], "not yet known")] for old in before]
         values = {"first_loss": None, "best_loss": None, **about["config"], **about,
                   "done": len(points(metrics, "train_loss"))}
         for name in ("weights", "data"):

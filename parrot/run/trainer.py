@@ -48,7 +48,9 @@ class Trainer:
             self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
                 self.model, self.dtype, 0 if fast.enabled else config.max_length)
             self.train_set, self.val_set, self.notes = self.load_data()
-        longest, context = self.train_set.longest, self.model.config.max_position_embeddings
+        self.max_tokens = self.processes.copy_first(self.max_tokens)  # machines may differ
+        context = self.model.config.max_position_embeddings
+        longest = max(self.train_set.longest, self.val_set.longest)
         if longest > context:
             raise UserError(f"the longest example has {longest} tokens, but the model's context "
                             f"holds {context}: set --max-length {context}")
@@ -98,6 +100,7 @@ class Trainer:
         about = describe(self)
         for kind in self.sources:
             self.processes.check_same(kind, about[kind]["files"])
+        self.processes.check_same("settings", {**about["config"], "out": "", "device": ""})
         self.folder.open(about, self.config.resume)
         if self.config.resume:  # the first process reads; the others may not share its disk
             progress = self.folder.restore(self.model, self.optimizer)
@@ -155,15 +158,16 @@ class Trainer:
         if status or step % self.config.save_every == 0:
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
-            command = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
+            module = sys.modules["__main__"].__spec__  # of python -m
+            command = ["python", *(["-m", module.name] if module else sys.argv[:1]),
+                       *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
             raise Interrupted(f"stopped after step {step} of {self.total_steps}; to go on: "
                               f"{shlex.join(command)}", status)
 
     def _check_finite(self, value, step, words):
         if not math.isfinite(value):
-            raise UserError(
-                f"step {step}: {words}. {self.folder.what_is_safe()} If it "
-                "happens again, start anew with a lower --learning-rate and another --out.")
+            raise UserError(f"step {step}: {words}. {self.folder.what_is_safe()} If it happens "
+                            "again, start anew with a lower --learning-rate and another --out.")
 
     def log_step(self, batches, **values):
         """Count the step: a line in metrics.jsonl, and the progress bar."""

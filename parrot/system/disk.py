@@ -41,7 +41,6 @@ def open_to_read(path):
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all."""
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -6,6 +6,7 @@ the sum of all processes' gradients is the gradient of a single process.
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ class Processes:
         if self.size > 1:
             if gpus := torch.cuda.device_count():
                 torch.cuda.set_device(local_rank % gpus)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=7))  # the first prepares
 
     def share(self, items):
         """Every size-th item; maybe none."""

@@ -161,6 +161,8 @@ def test_what_the_module_cannot_express_is_refused_by_name(folder, changes, fiel
      f"tensor {NAME[:-6]}bias has no place"),
     (lambda t: t.update({NAME: torch.zeros(16, 31)}), f"tensor {NAME} is \\[16, 31\\]"),
     (lambda t: t[NAME].__setitem__((3, 4), float("nan")), f"tensor {NAME} contains NaN"),
+    (lambda t: t.update({NAME: torch.zeros(16, 48).to(torch.float8_e4m3fn)}),
+     f"tensor {NAME} is .* of torch.float8"),
     (lambda t: t.update({NAME: torch.zeros(16, 48, dtype=torch.int8)}),
      f"tensor {NAME} is .* of torch.int8"),
     (lambda t: t.update({"lm_head.weight": torch.zeros(320, 48)}), "lm_head.weight differs")])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from parrot.chat import encode_chat
 from parrot.data import load_examples
 from parrot.files.hub import QUICKSTART_DATA, find_data
-from parrot.files.records import read_conversations
+from parrot.files.records import read_conversations, to_messages, to_pair
 from parrot.system.console import UserError
 
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -102,15 +102,21 @@ BAD = [
     ('{"prompt": "Q", "chosen": "A", "rejected": "B"}', "its keys with text are chosen, prompt, rejected; expected"),
     ('{"instruction": "Q", "response": ""}', "its keys with text are instruction; expected"),
     ('{"instruction": " \\n", "response": "A"}', "its keys with text are response; expected"),
-    ('{"instruction": "Q", "response": 7}', "its keys with text are instruction; expected"),
+    ('{"instruction": "Q", "response": 7}', "response is 7, expected text"),
+    ('{"instruction": "Q", "input": 7, "output": "A"}', "input is 7, expected text"),
+    ('{"instruction": "Q", "input": [3, 1, 2], "output": "A"}', "input is [3, 1, 2], expected text"),
+    ('{"question": "Q", "context": {"age": 31}, "answer": "A"}', "context is {'age': 31}, expected text"),
+    ('{"question": "Q", "answer": ["A", "B"]}', "answer is a list of texts: which of them is the reply?"),
+    ('{"instruction": "Q", "output": ["A"]}', "output is a list of texts"),
+    ('{"prompt": "Q", "response": "A", "history": "[]"}', "history is '[]', expected a list of turns"),
     ('{"instruction": null, "response": "A"}', "its keys with text are response; expected"),
     ('{"instruction": "Q", "context": ["C"], "response": "A"}', "context is ['C'], expected text"),
     ('{"prompt": "Q", "completion": "\\ud800"}', "half of a surrogate pair"),
-    ('{"messages": "Q"}', "it has no reply to learn from"),
+    ('{"messages": "Q"}', "messages is 'Q', expected a list of turns"),
     ('{"messages": [], "conversations": 7}', "its keys with text are none"),
     ('{"messages": [{"role": "user", "content": "Q"}]}', "no reply to learn"),
     ('{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]}', "no reply to learn"),
-    ('{"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}', "weight and train are [0.5, None], expected 0 or 1"),
+    ('{"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}', "its weights are [0.5, None, None, None], expected 0 or 1"),
     ('{"messages": [{"role": "robot", "content": "Q"}]}', "turn 1 of messages: role is 'robot'"),
     ('{"messages": [{"role": ["user"], "content": "Q"}]}', "turn 1 of messages: role is ['user']"),
     ('{"messages": [{"role": "user", "content": ""}]}', "content of turn 1 of messages is '', expected text"),
@@ -200,6 +206,24 @@ def test_any_text_is_learned_or_named(contents, tmp_path_factory, tiny_tokenizer
         assert str(path) in str(error)
     else:
         assert len(train) == 1 and train.lengths[0] <= 40 and train[0][1].any()
+
+
+@pytest.mark.parametrize("flag", ['"weight": 0', '"train": false', '"training": false', '"loss": false'])
+def test_a_reply_that_is_marked_is_only_read(flag):
+    first, last = '{"role": "assistant", "content": "A", ' + flag + "}", '{"role": "assistant", "content": "B"}'
+    messages = to_messages(json.loads(f"[{first}, {last}]"))
+    assert messages == [{"role": "assistant", "content": "A", "weight": 0}, {"role": "assistant", "content": "B"}]
+
+
+@pytest.mark.parametrize("more, unused", [
+    ({}, set()), ({"prompt": "Q"}, set()), ({"instruction": "Q", "question": "Where?"}, {"question"}),
+    ({"prompt": "Q", "input": "more"}, set()), ({"prompt": "Q", "query": "Z", "note": "N"}, {"query", "note"})])
+def test_what_a_pair_does_not_use_is_reported(more, unused):
+    told, turns = set(), [{"role": "user", "content": "Q"}]
+    record = {**more, "chosen": "A", "rejected": "B"} if more else {
+        key: [*turns, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    to_pair(record, told)
+    assert told == unused
 
 
 def test_a_line_of_50_megabytes_is_no_conversation(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def test_a_broken_file_is_one_line(name, tmp_path):
     assert str(path) in str(caught.value) and "skip-bad" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [["red", "blue"], {"a": "red"}, [{"a": ["red"]}]])
+def test_text_in_any_column_of_parquet_is_reported(value, tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [{"question": "Q", "answer": "A", "choices": value}])
+    [conversation] = read_conversations(path)
+    assert conversation.unused == {"choices"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe in a folder")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
+def test_a_pipe_is_no_file(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        count_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "fr"])
+def test_a_file_has_no_parts(split, tmp_path):
+    (tmp_path / "data.jsonl").write_text(LINES)
+    with pytest.raises(UserError, match=f"is a file, so it has no part '{split}'"):
+        hub.find_data(f"{tmp_path / 'data.jsonl'}:{split}")
+
+
 def test_parquet_that_breaks_in_the_middle(tmp_path):
     path = write_parquet(tmp_path / "data.parquet", some_records(200), compression="none", row_group_size=50)
     content = bytearray(path.read_bytes())
@@ -126,7 +149,11 @@ SETS = [  # files, split, the chosen ones, or the fault
     (["data/train-00000-of-00002.parquet"], "train", "has 1 of the 2 shards of data/train"),
     (["train.jsonl", "validation.jsonl"], "validation", ["validation.jsonl"]),
     (["part1.jsonl.gz", "part2.jsonl.gz", "test.jsonl.gz"], "train", ["part1.jsonl.gz", "part2.jsonl.gz"]),
-    (["train.CSV", "eval.CSV"], "train", ["train.CSV"]),
+    (["train.CSV", "eval.CSV"], "train", ["train.CSV"]), (["training.jsonl", "testing.jsonl"], "train", ["training.jsonl"]),
+    (["data.jsonl", "evaluation.jsonl", "holdout.jsonl"], "train", ["data.jsonl"]),
+    (["train.jsonl", "train.csv"], "train", "one part in several formats: name a file .train.csv, train.jsonl."),
+    (["train.jsonl", "train.jsonl.gz"], "train", "one part in several formats"),
+    (["train-1.parquet", "train-2.parquet", "train-2.JSONL"], "train", "one part in several formats"),
     (["constraints.jsonl"], "train", ["constraints.jsonl"]),
     (["en/train.jsonl", "fr/train.jsonl"], "train", "several parts: choose one, as --data a set:en/train or fr/train"),
     (["en/train.jsonl", "fr/train.jsonl"], "fr/train", ["fr/train.jsonl"]),

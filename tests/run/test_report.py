@@ -122,6 +122,15 @@ def test_a_run_that_has_just_begun(render):
     assert "not yet known" in " ".join(page.words)
 
 
+@pytest.mark.parametrize("after", [[], [["b?", "d"]], [["b?", "d"], ["other?", "e"]]])
+def test_other_questions_after_than_before(after, render):
+    """A resumed run may ask others: no answer stands beside another question."""
+    words = Page(render(after=after)[0]).words
+    assert words.count("not yet known") == 2 - len(after[:1]) and "e" not in words
+    if after:
+        assert words[words.index("b?"):][:3] == ["b?", "c", "d"]
+
+
 def test_numbers_that_cannot_be_drawn():
     assert report.points([{"step": 1, "x": float("nan")}, {"step": 2, "x": 1.0}], "x") == [(2, 1.0)]
     assert "polyline" in report.chart([{"step": 1, "x": 2.0}, {"step": 2, "x": 2.0}], "x")
