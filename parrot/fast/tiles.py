@@ -54,8 +54,8 @@ class Tiles:
                 seen = slice(starts.index(key), tile + 1)  # the tiles that hold its keys
                 keys, values = (torch.cat(x[seen], dim=1).squeeze(2) for x in (k, v))  # (K, m, D)
                 scores = q[tile].flatten(1, 2) @ keys.transpose(1, 2)  # (K, n G, m)
-                scores = scores.unflatten(1, (len(mask), -1)) + mask.to(scores.dtype)
-                weights = scores.softmax(-1).flatten(1, 2)
+                scores.unflatten(1, (len(mask), -1)).add_(mask)
+                weights = scores.softmax(-1)
                 outputs.append((weights @ values).unflatten(1, (len(mask), -1)))  # (K, n, G, D)
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1, 2)
 
