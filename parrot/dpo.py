@@ -41,8 +41,7 @@ from parrot.training import held_out_batches, token_losses
 from train import train
 
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
-# As sample.py writes by default, but for the repetition penalty: loops are to be unlearned.
-SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256}
+SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be rejected
 
 
 @dataclass
@@ -52,6 +51,7 @@ class PreferenceConfig(Recipe):
     self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
                                    f"own replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
+    temperature: float = option(0.0, "of --self-play; 0: greedy, where loops show", at_least=0)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
     epochs: int = option(1, "how often every pair is seen", at_least=1)
     learning_rate: float = option(5e-6, "the peak", above=0)
@@ -161,22 +161,22 @@ def self_play(config: PreferenceConfig) -> hub.Found:
                      if [message["role"] for message in messages] == ["user", "assistant"]
                      and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)]
     conversations = conversations[:config.max_examples]
-    say(f"self-play with {len(conversations)} of {len(every)} records: of one question, not too "
-        "long, and one reply")
+    say(f"self-play with {len(conversations)} of {len(every)} records: one question, one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         chunk = conversations[start:start + AT_ONCE]
-        key = key_of(name, seed, chunk, SAMPLING, *weights.hashes.values())
-        make = partial(write_pairs, name, chunk, assistant, seed)
+        key = key_of(name, seed, chunk, config.temperature, SAMPLING, *weights.hashes.values())
+        make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
         files.append(kept(f"self-play/{key}", make) / name)
     return hub.Found(files, {"name": config.self_play, "from": "self-play"})
 
 
-def write_pairs(name, conversations, assistant: Assistant, seed, folder):
-    """Pairs of which the data's reply is chosen, and a sample of the model is rejected."""
+def write_pairs(name, conversations, assistant: Assistant, temperature, seed, folder):
+    """Pairs of which the data's reply is chosen, and one of the model's is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
     generator = torch.Generator().manual_seed(seed)
-    samples = replies(assistant.model, prompts, assistant.stop, generator=generator, **SAMPLING)
+    samples = replies(assistant.model, prompts, assistant.stop, generator=generator,
+                      temperature=temperature, **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)

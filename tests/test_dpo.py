@@ -218,6 +218,15 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
     assert about["config"]["self_play"] == "dolly.jsonl"  # no folder of this machine
 
 
+@pytest.mark.parametrize("temperature, differs", [(0.0, False), (1.0, True)])
+def test_self_play_is_greedy_or_sampled(temperature, differs, config, records_file):
+    data, rejected = str(records_file(some_records(12))), []
+    for seed in (0, 1):
+        found = dpo.self_play(config(data=None, self_play=data, temperature=temperature, seed=seed))
+        rejected.append([json.loads(line)["rejected"] for path in found.files for line in path.open(encoding="utf-8")])
+    assert rejected[0] and (rejected[0] != rejected[1]) == differs
+
+
 def test_self_play_takes_one_question_and_one_reply(config, records_file, capsys):
     """Neither longer conversations, nor those that the model begins, nor prompts without room for a reply."""
     turn = {"user": {"role": "user", "content": "Q"}, "assistant": {"role": "assistant", "content": "A"},
