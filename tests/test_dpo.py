@@ -206,12 +206,12 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
         return original(model, prompts, *args, **kwargs)
     original = dpo.replies
     monkeypatch.setattr(dpo, "replies", counted)
-    c = config(data=None, self_play=str(data), max_steps=2)
+    c = config(data=None, self_play=str(data), max_steps=2, max_length=512)
     with pytest.raises(KeyboardInterrupt):
         run(c)
     run(c)
     assert sampled == [64, 6, 6]  # what was written before the interruption was kept
-    run(config(data=None, self_play=str(data), max_steps=2, out=c.out + "2"))
+    run(config(data=None, self_play=str(data), max_steps=2, max_length=512, out=c.out + "2"))
     assert sampled == [64, 6, 6]
     assert metrics(c.out) == metrics(c.out + "2")
     about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
