@@ -102,7 +102,7 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=
     joined = Examples.joined(parts)
     joined = joined.where(np.arange(len(joined)) < most)
     longest = joined.lengths.reshape(-1, versions).max(axis=1).repeat(versions)  # of a pair
-    if too_long := int((longest > max_length).sum()):
+    if too_long := int((longest > max_length).sum()) // versions:
         remarks.append(f"{too_long} examples left out: longer than --max-length {max_length}")
     return joined.where(longest <= max_length), remarks
 

@@ -151,16 +151,15 @@ class PreferenceTrainer(Trainer):
 
 def self_play(config: PreferenceConfig) -> hub.Found:
     """Data -> pairs, AT_ONCE in a file that is cached, so an interruption loses no more."""
-    data, weights = hub.find_data(config.self_play), hub.find_weights(config.weights)
-    device, files = pick_device(config.device), []
-    assistant = Assistant.load("", weights.path, torch.float32, device, "chat")
+    data, weights, files = hub.find_data(config.self_play), hub.find_weights(config.weights), []
+    assistant = Assistant.load("", weights.path, torch.float32, pick_device(config.device), "chat")
     room = assistant.model.config.max_position_embeddings - SAMPLING["max_new_tokens"]
     bad = [] if config.skip_bad_records else None
     every = [item.messages for path in data.files for item in read_conversations(path, bad)]
     conversations = [messages for messages in every
                      if [message["role"] for message in messages] == ["user", "assistant"]
-                     and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)]
-    conversations = conversations[:config.max_examples]
+                     and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)
+                     ][:config.max_examples]
     say(f"self-play with {len(conversations)} of {len(every)} records: one question, one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
@@ -168,15 +167,16 @@ def self_play(config: PreferenceConfig) -> hub.Found:
         key = key_of(name, seed, chunk, config.temperature, SAMPLING, *weights.hashes.values())
         make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
         files.append(kept(f"self-play/{key}", make) / name)
-    return hub.Found(files, {"name": config.self_play, "from": "self-play"})
+    pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
+    pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
+    return pairs
 
 
 def write_pairs(name, conversations, assistant: Assistant, temperature, seed, folder):
     """Pairs of which the data's reply is chosen, and one of the model's is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
-    generator = torch.Generator().manual_seed(seed)
-    samples = replies(assistant.model, prompts, assistant.stop, generator=generator,
-                      temperature=temperature, **SAMPLING)
+    samples = replies(assistant.model, prompts, assistant.stop, temperature=temperature,
+                      generator=torch.Generator().manual_seed(seed), **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)

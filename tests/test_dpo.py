@@ -23,6 +23,7 @@ from parrot.dpo import (
     preference_loss,
     preference_margins,
 )
+from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.files.hub import find_data
 from parrot.files.records import read_conversations, to_pair
@@ -216,6 +217,7 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
     assert metrics(c.out) == metrics(c.out + "2")
     about = json.load(open(os.path.join(c.out, "run.json"), encoding="utf-8"))
     assert about["config"]["self_play"] == "dolly.jsonl"  # no folder of this machine
+    assert hub.sha256_of(data) in about["data"]["files"].values()  # so that evaluate knows what was trained on
 
 
 @pytest.mark.parametrize("temperature, differs", [(0.0, False), (1.0, True)])

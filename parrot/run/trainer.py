@@ -161,8 +161,8 @@ class Trainer:
             module = sys.modules["__main__"].__spec__  # of python -m
             command = ["python", *(["-m", module.name] if module else sys.argv[:1]),
                        *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
-            raise Interrupted(f"stopped after step {step} of {self.total_steps}; to go on: "
-                              f"{shlex.join(command)}", status)
+            how = f"to go on: {shlex.join(command)}" if self.folder.keeps else "nothing was kept"
+            raise Interrupted(f"stopped after step {step} of {self.total_steps}; {how}", status)
 
     def _check_finite(self, value, step, words):
         if not math.isfinite(value):

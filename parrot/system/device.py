@@ -11,10 +11,12 @@ from parrot.system.distributed import torchrun_place
 def pick(device_name, dtype_name):
     """--device, --dtype -> torch.device, torch.dtype; bfloat16 only where it pays."""
     device = pick_device(device_name)
-    if dtype_name == "bfloat16" and not multiplies_bfloat16(device):
+    unsafe = device.type == "mps" and dtype_name != "float32"  # it saw the future: pytorch#195910
+    if unsafe or (dtype_name == "bfloat16" and not multiplies_bfloat16(device)):
         has_float16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-        dtype_name = "float16" if has_float16 else "float32"
-        say(f"bfloat16 is slow or unreliable on {device}: computing in {dtype_name}")
+        better = "float16" if has_float16 else "float32"
+        say(f"{dtype_name} is slow or wrong on {device}: computing in {better}")
+        dtype_name = better
     return device, getattr(torch, dtype_name)
 
 
@@ -37,11 +39,9 @@ def pick_device(name):
 
 
 def multiplies_bfloat16(device):
-    """Whether bfloat16 is fast and right there. A CPU without units for it is 400 times slower."""
+    """Whether it has bfloat16 units. On a CPU without, a matmul is 400 times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "mps":
-        return False  # causal attention in half precision saw the future there (pytorch#195910)
     has, units = torch.cpu.get_capabilities(), ("avx512_bf16", "amx_bf16", "bf16")  # bf16: ARM's
     return torch.backends.mkldnn.is_available() and any(has.get(unit) for unit in units)
 

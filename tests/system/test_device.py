@@ -48,7 +48,8 @@ def test_the_type_of_each_gpu(capability, dtype, monkeypatch, capsys):
 
 def test_a_mac_computes_in_float32(monkeypatch):
     monkeypatch.setattr(device, "pick_device", lambda _: torch.device("mps"))
-    assert pick("auto", "bfloat16") == (torch.device("mps"), torch.float32)
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert pick("auto", dtype) == (torch.device("mps"), torch.float32)
 
 
 @pytest.fixture
