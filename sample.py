@@ -25,6 +25,7 @@ from parrot.system.device import pick
 
 
 def main():
+    """The command: replies on stdout, everything else on stderr."""
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
@@ -78,7 +79,8 @@ def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
                          max_new_tokens=config.max_new_tokens, samples_each=len(replies),
                          **settings):
         for tokens, token in zip(replies, step, strict=True):
-            tokens += [] if token is None else [token]
+            if token is not None:
+                tokens.append(token)
         if stream:
             shown = show(assistant.tokenizer.decode(replies[0]), shown)
     texts = list(map(assistant.tokenizer.decode, replies))

@@ -120,12 +120,15 @@ class KVCache:
         self.filled = self.filled[rows]
 
     def step(self) -> Step:
+        """The layout of the next token of every sequence."""
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
         return FastStep(self, positions) if fast.enabled else Step(self, positions)
 
 
 class Prefill(Ribbon):
+    """The prompts, as a ribbon that fills the cache."""
+
     def __init__(self, cache: KVCache, lengths: list[int]):
         device = cache.keys.device
         super().__init__(lengths, device)

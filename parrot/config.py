@@ -23,7 +23,7 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 @dataclass
 class Machine:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
-    dtype: str = option("bfloat16", "of the matrix products, if the device has it", choices=DTYPES)
+    dtype: str = option("bfloat16", "type of matrix products, if the device has it", choices=DTYPES)
     plain: bool = option(False, "without parrot/fast: the same result, slower", may_change=True)
 
 

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from parrot import attention, model, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DATA, WEIGHTS, Recipe
 from parrot.data import CODE, Batch
 from parrot.files import hub
-from parrot.files.cache import kept, key_of
+from parrot.files.cache import kept, key_of, source_hash
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
@@ -40,6 +41,8 @@ from parrot.system.device import pick_device, send
 from parrot.training import held_out_batches, token_losses
 from train import train
 
+# Editing what writes replies or judges them must change them: it is part of the caches' keys.
+SOURCES = [CODE, source_hash(__file__, attention, model, sampling, training)]
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
 SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be rejected
 
@@ -51,7 +54,7 @@ class PreferenceConfig(Recipe):
     self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
                                    f"own replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
-    temperature: float = option(0.0, "of --self-play; 0: greedy, where loops show", at_least=0)
+    temperature: float = option(0.0, "of self-play's replies; 0: greedy", at_least=0)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
     epochs: int = option(1, "how often every pair is seen", at_least=1)
     learning_rate: float = option(5e-6, "the peak", above=0)
@@ -134,7 +137,7 @@ class PreferenceTrainer(Trainer):
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
             hashes = [list(found.hashes.values()) for found in self.sources.values()]
-            key = key_of(self.dtype, CODE, hashes, pairs.index.tolist())
+            key = key_of(self.dtype, SOURCES, hashes, pairs.index.tolist())
             folder = kept(f"reference/{key}", partial(self._refer, pairs))
             pairs.reference = np.load(folder / "reference.npy")
         return *sets, notes
@@ -164,9 +167,9 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
         chunk = conversations[start:start + AT_ONCE]
-        key = key_of(name, seed, chunk, config.temperature, SAMPLING, *weights.hashes.values())
+        recipe = [name, seed, chunk, config.temperature, *weights.hashes.values()]
         make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
-        files.append(kept(f"self-play/{key}", make) / name)
+        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make) / name)
     pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
     pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
     return pairs

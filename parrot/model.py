@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, layout, angles):  # as of Attention; (N, C) -> (N, C)
+    def forward(self, x, layer, layout, angles):  # as in Attention; (N, C) -> (N, C)
         x = x + self.self_attn(self.input_layernorm(x), layer, layout, angles)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -1,8 +1,8 @@
 """attention.attention over the documents of a ribbon, faster on a CPU: in tiles.
 
 A tile has up to 256 queries, of several short documents or a part of a long one, and all keys up
-to its end: large enough to be fast, small enough for the caches. 0.19 s for a layer in two steps of
-Dolly, with torch's attention 0.62 (two cores, bfloat16). Held equal by tests/fast/test_tiles.py.
+to its end: large enough to be fast, small enough for the caches. The quick start trains 7% faster
+than by the formula (two cores, float32). Held equal by tests/fast/test_tiles.py.
 Shapes: as in attention.py, G = H / K; a tile has n queries and m keys.
 """
 

@@ -73,8 +73,8 @@ def import_gguf(path, folder):
 def _config(fields):
     """The fields of a GGUF -> those of a config.json."""
     for name, expected in EXPECTED.items():
-        value = fields.get(name, False)
-        refuse(name, {f"is {value!r:.60}, not {expected!r}": value != expected})
+        value = fields.get(name)
+        refuse(name, {f"is {value!r:.60}, not {expected!r}": (value or False) != expected})
     raw = {"model_type": "llama", "tie_word_embeddings": True}
     for name, value in fields.items():
         ours = FIELDS.get(name.removeprefix("llama."))
@@ -85,11 +85,7 @@ def _config(fields):
 
 
 def unpermute(weight, heads):
-    """llama.cpp's order of a head's rows of q and k, where 2i and 2i + 1 turn as a pair, -> ours.
-
-    >>> unpermute(torch.tensor([[0], [2], [1], [3]]), heads=1).T
-    tensor([[0, 1, 2, 3]])
-    """
+    """llama.cpp's order of the rows of a head of q or k, where 2i and 2i + 1 are a pair -> ours."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

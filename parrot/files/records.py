@@ -25,6 +25,7 @@ SHAPES = {
     "pair": ("chosen", "rejected")}  # for parrot.dpo
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+TEXTS = SHAPES["prompt"] + SHAPES["context"] + SHAPES["reply"]  # a number there is refused
 KEYS = {key for keys in SHAPES.values() for key in keys}
 LONGEST = 1_000_000  # characters of a conversation; tokenising 50 million took 90 s and 11 GB
 
@@ -65,18 +66,12 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=
 
 
 def to_messages(record, unused: set | None = None) -> list[dict]:
-    """A record in any of the SHAPES -> messages; UserError says what is wrong with it.
-
-    Keys with text that is not used are added to `unused`.
-    >>> to_messages({"question": "Hi", "answer": "Ho"})
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Ho'}]
-    """
+    """A record in any of the SHAPES -> messages; its keys whose text is not used join `unused`."""
     rest = {"messages": record} if isinstance(record, list) else record
     if not isinstance(rest, dict) or None in rest:  # None: cells of CSV that have no name
         raise UserError(f"not a JSON object but {record!r:.40}")
-    rest = {key: value for key, value in rest.items() if _has_text(value) or (
-        key in SHAPES["prompt"] + SHAPES["context"] + SHAPES["reply"]  # a number there is refused
-        and not isinstance(value, str) and value not in (None, [], {}) and value == value)}
+    rest = {key: value for key, value in rest.items()
+            if _has_text(value) or (key in TEXTS and _is_something(value))}
     unused = set() if unused is None else unused
     messages = _turns(*_take(rest, "turns"), unused) or _prompt_and_reply(rest, unused)
     messages = _turns(*_take(rest, "history"), unused) + messages
@@ -144,12 +139,11 @@ def _only_read(messages):
 
 def _turns(value, where, unused, role="user"):
     """Turns, a turn, or a text of `role` -> messages. Texts in a list: user, assistant, user."""
-    refuse(where, {
-        f"is {value!r:.40}, expected a list of turns":
-            isinstance(value, str) and where in SHAPES["turns"] + SHAPES["history"],
-        "is a list of texts: which of them is the reply?": where in SHAPES["reply"]
-            and isinstance(value, list) and any(isinstance(turn, str) for turn in value)})
+    if isinstance(value, str) and where in SHAPES["turns"] + SHAPES["history"]:
+        raise UserError(f"{where} is {value!r:.40}, expected a list of turns")
     if isinstance(value, list):
+        if where in SHAPES["reply"] and any(isinstance(turn, str) for turn in value):
+            raise UserError(f"{where} is a list of texts: which of them is the reply?")
         turns = zip(count(1), value, cycle(("user", "assistant")))
         return [message for number, turn, role in turns
                 for message in _turns(turn, f"turn {number} of {where}", unused, role)]
@@ -164,7 +158,7 @@ def _turns(value, where, unused, role="user"):
         "tool calls cannot be trained here":
             name in ("tool", "function") or turn.get("tool_calls") or turn.get("function_call"),
         f"role is {name!r:.40}, expected one of {', '.join(ROLES)}": not role,
-        f"its weights are {weights!r:.40}, expected 0 or 1":
+        f"weight, train, training and loss are {weights!r:.40}, expected 0 or 1":
             any(weight not in (None, 0, 1) for weight in weights)})
     if role == "system" and not _has_text(content):
         return []
@@ -184,6 +178,10 @@ def _text(value, where):
     if re.search("[\ud800-\udfff]", value):
         raise UserError(f"{where} contains half of a surrogate pair")
     return value
+
+
+def _is_something(value):  # neither nothing, nor a text
+    return not isinstance(value, str) and value not in (None, [], {}) and value == value  # no NaN
 
 
 def _has_text(value):

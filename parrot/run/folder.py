@@ -79,7 +79,7 @@ def check_same(path, about, config: Recipe):
     for name, value in fixed(about).items():
         if before[name] != value:
             raise UserError(f"resume: --{name.replace('_', '-')} was {before[name]}, not {value}. "
-                            "Resume with the same settings and files, or start anew elsewhere.")
+                            "Resume with the same settings and files, or name another --out.")
 
 
 def writing(method):

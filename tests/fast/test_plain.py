@@ -30,7 +30,7 @@ def broken(monkeypatch):
             if is_code and getattr(value, "__module__", "").startswith("parrot.fast."):
                 monkeypatch.setattr(module, name, fail)
                 count += 1
-    assert count > 20
+    assert count > 24
 
 
 def run(monkeypatch, main, *argv):

@@ -116,7 +116,7 @@ BAD = [
     ('{"messages": [], "conversations": 7}', "its keys with text are none"),
     ('{"messages": [{"role": "user", "content": "Q"}]}', "no reply to learn"),
     ('{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0}]}', "no reply to learn"),
-    ('{"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}', "its weights are [0.5, None, None, None], expected 0 or 1"),
+    ('{"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]}', "weight, train, training and loss are [0.5, None, None, None], expected 0 or 1"),
     ('{"messages": [{"role": "robot", "content": "Q"}]}', "turn 1 of messages: role is 'robot'"),
     ('{"messages": [{"role": ["user"], "content": "Q"}]}', "turn 1 of messages: role is ['user']"),
     ('{"messages": [{"role": "user", "content": ""}]}', "content of turn 1 of messages is '', expected text"),
