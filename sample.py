@@ -16,7 +16,7 @@ import torch
 from parrot import fast
 from parrot.assistant import Assistant
 from parrot.config import SampleConfig
-from parrot.fast.packed import pays
+from parrot.fast.packed import keeps_bfloat16
 from parrot.files import hub
 from parrot.sampling import generate, room_after
 from parrot.system.command_line import parse
@@ -57,7 +57,7 @@ def load(name, config: SampleConfig) -> Assistant:
     """The model that --model or --compare names. UserError."""
     device, dtype = pick(config.device, config.dtype)
     many = config.num_samples > 1
-    if config.dtype == "bfloat16" and fast.enabled and not many and pays(device):
+    if config.dtype == "bfloat16" and fast.enabled and not many and keeps_bfloat16(device):
         dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
     folder = hub.find_weights(name).path
     assistant = Assistant.load(name, folder, dtype, device, config.format, many)

@@ -39,7 +39,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
             ribbon_loss.backward()
             loss += ribbon_loss.detach()
             num_terms += batch.num_terms  # its number of targets (in parrot.dpo: of pairs)
-        loss, num_terms = processes.sum_step(model, float(loss), num_terms)
+        loss, num_terms = processes.sum_step(model, loss, num_terms)
 
         # The division, once: now loss and gradient are means over all targets of the step, and it
         # does not matter how the step was split into ribbons or over processes.
@@ -50,7 +50,8 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
         # The clip: a gradient that is too long is shortened, so that no odd batch moves the
         # weights far. Then the check: NaN or infinity ends the run before it reaches the weights.
         max_norm = config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        loss, grad_norm = float(loss), float(grad_norm)  # here the CPU waits for a GPU
         run.check(loss, grad_norm)  # also saves a checkpoint now and then, and obeys Ctrl-C
 
         # The rate: a warmup, then half a cosine.

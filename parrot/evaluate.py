@@ -30,7 +30,7 @@ from parrot.run.folder import public_name
 from parrot.sampling import replies
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
-from parrot.system.device import pick, tokens_per_forward
+from parrot.system.device import pick
 from parrot.system.disk import write_json
 from parrot.training import held_out_batches, token_losses
 
@@ -102,8 +102,8 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     if left_out := len(conversations) - len(pairs):
         say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
     counts, sums = np.array([sum(is_target) for _, is_target in pairs]), np.zeros(len(pairs))
-    examples, budget = Examples.of(pairs), tokens_per_forward(model, model.dtype)
-    for indices, batch in held_out_batches(examples, budget, model.device, "held-out loss"):
+    batches = held_out_batches(Examples.of(pairs), 640, model.device, "held-out loss")
+    for indices, batch in batches:
         losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     table = {}

@@ -91,9 +91,8 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     """
     room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
-    next_logits = logits_after
-    if fast.enabled and model.device.type == "cuda":  # fast/captured.py
-        next_logits = CapturedStep()
+    is_captured = fast.enabled and model.device.type == "cuda"  # fast/captured.py
+    next_logits = CapturedStep() if is_captured else logits_after
     B = len(logits)
     written = torch.empty(B, room, dtype=torch.long, device=model.device)
     rows = torch.arange(B, device=model.device)  # (R,) the replies that have not ended

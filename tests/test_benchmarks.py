@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parrot import attention, fast, sampling
 from parrot.attention import Ribbon
-from parrot.fast import cached, compiling, nucleus, ribbon, tiles
+from parrot.fast import cached, captured, compiling, nucleus, ribbon, tiles
 from parrot.system.console import run_program
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -89,6 +89,7 @@ def test_medians_leave_out_the_first(monkeypatch):
 
 NAMES = {  # speed-up -> what is in its place when it is on
     "ribbon attention": (attention, "FastAttention", ribbon.FastAttention),
+    "training graphs": (captured, "CapturedForward", captured.CapturedForward),
     "compile": (compiling, "compile_blocks", compiling.compile_blocks),
     "cached step": (attention, "FastStep", cached.FastStep),
     "captured step": (sampling, "CapturedStep", sampling.CapturedStep),

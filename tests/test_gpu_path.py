@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from parrot import attention, sampling
 from parrot.attention import KVCache
 from parrot.data import Batch, Examples
+from parrot.fast.packed import pack
 from parrot.model import Llama
 from parrot.training import loss_sum, token_losses
 
@@ -42,7 +43,7 @@ class FakeGpu(FakeTensorMode):
 
 
 class Autocast(TorchFunctionMode):
-    def __init__(self, device_type, dtype, enabled=True):
+    def __init__(self, device_type, dtype, enabled=True, cache_enabled=False):
         super().__init__()
         self.dtype, self.enabled = dtype, enabled
 
@@ -133,9 +134,11 @@ def test_the_plain_form_and_the_held_out_loss(both_ways):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_prompt_and_a_step_of_writing(dtype, both_ways):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_prompt_and_a_step_of_writing(dtype, is_packed, both_ways):
     with gpu(), torch.no_grad():
         model = model_on_gpu(dtype)
+        model = pack(model, many=True) if is_packed else model
         cache = KVCache(model.config, 2, 30, dtype, CUDA)
         hidden_states = model(torch.zeros(7, dtype=torch.long, device=CUDA), cache.prefill([3, 4]))
         logits = sampling.logits_after(model, cache, torch.zeros(2, dtype=torch.long, device=CUDA), [0, 1])

@@ -4,6 +4,8 @@ So keys and values are not repeated, and only positions that are filled are read
 cache is in float32: small products take half as long. Held equal by tests/fast/test_cached.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -21,11 +23,14 @@ class FastStep:
         is_cpu = device.type == "cpu"  # a GPU would have to wait, and a graph needs fixed shapes
         if is_cpu:
             longest = int(positions.max()) + 1
-        rows, places = (torch.arange(n, device=device) for n in (len(positions), longest))
-        self.positions, self.index = positions, (rows, slice(None), positions)
-        self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
-        if is_cpu and self.visible.all():  # as with replies to one prompt
-            self.index, self.visible = (slice(None), slice(None), -1), None
+        rows = torch.arange(len(positions), device=device)
+        self.positions, self.index, self.mask = positions, (rows, slice(None), positions), None
+        if is_cpu and positions.min() == longest - 1:  # as with replies to one prompt
+            self.index = slice(None), slice(None), -1
+        else:  # (B, 1, 1, T): added to the scores; its rows lie in memory as a GPU wants them
+            places = torch.arange(longest + -longest % 16, device=device)
+            mask = torch.where(places <= positions[:, None], 0.0, -math.inf)[:, None, None]
+            self.mask = mask.to(cache.keys.dtype)[..., :longest]
         # All layers at once: 30 slices take longer.
         self.keys = cache.keys[:, :, :, :longest].unbind()
         self.values = cache.values[:, :, :, :longest].unbind()
@@ -35,5 +40,5 @@ class FastStep:
         keys, values = self.keys[layer], self.values[layer]  # (B, K, T, D)
         keys[self.index], values[self.index] = k.to(keys.dtype), v.to(keys.dtype)
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
-        y = F.scaled_dot_product_attention(q_by_key_head, keys, values, self.visible)
+        y = F.scaled_dot_product_attention(q_by_key_head, keys, values, self.mask)
         return y.flatten(1, 2).to(q.dtype)

@@ -1,10 +1,13 @@
-"""sampling.logits_after, faster on a GPU: one step of writing, recorded once and replayed.
+"""sampling.logits_after and model.Llama.forward, faster on a GPU: recorded once, then replayed.
 
-A new token is so little work that the GPU waits for the CPU to launch a thousand kernels; a CUDA
-graph launches them at once. Not measured: no GPU. Held equal by tests/fast/test_captured.py.
+The CPU takes longer to start a thousand small kernels than the GPU takes to run them. A CUDA graph
+starts them all at once, on the memory that they had when they were recorded.
+Held equal by tests/fast/test_captured.py.
 """
 
 import torch
+
+UNIT = 1024  # tokens: the size of a ribbon is padded to a multiple of it
 
 
 class CapturedStep:
@@ -32,3 +35,84 @@ class CapturedStep:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = model.logits(model(self.tokens, cache.step()))
         cache.filled.copy_(filled)  # nothing was written yet
+
+
+def capture(model, dtype, ribbon, longest):
+    """Let training replay graphs, if `ribbon` is one that one kernel attends to."""
+    if ribbon.fast and ribbon.fast.has_kernel(dtype, model.config.head_dim):
+        model.forward = CapturedForward(model, longest)
+
+
+class CapturedForward:
+    """model.Llama.forward in training, with its backward, for ribbons of a few sizes.
+
+    longest: of all documents. `.grad` of each parameter lies where the graphs add to it.
+    """
+
+    def __init__(self, model, longest):
+        self.forward, self.longest = model.forward, max(longest, UNIT)
+        self.parameters = list(model.model.parameters())
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.graphs = {}
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())  # work on the default stream cannot be recorded
+
+    def __call__(self, tokens, ribbon):
+        if not torch.is_grad_enabled():
+            return self.forward(tokens, ribbon)
+        N, documents = len(tokens), len(ribbon.lengths)
+        # The padding is one more document, and empty ones make their number a multiple of 64.
+        lengths = [*ribbon.lengths, -N % UNIT, *[0] * (-documents % 64)]
+        padded = type(ribbon)(lengths, tokens.device)
+        size = len(padded.positions), len(lengths)
+        if self.parameters[0].grad is None:  # the first ribbon of a step
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient.detach()
+        if size not in self.graphs:
+            padded.fast.longest = self.longest
+            pool = next((graphs.forward.pool() for graphs in self.graphs.values()), None)
+            self.graphs[size] = Graphs(self, tokens.new_zeros(size[0]), padded, pool)
+        graphs = self.graphs[size]
+        graphs.tokens[:N] = tokens
+        graphs.ribbon.positions.copy_(padded.positions)
+        graphs.ribbon.fast.seams.copy_(padded.fast.seams)
+        return Replay.apply(self.parameters[0], graphs)[:N]
+
+
+class Graphs:
+    """Forward and backward for ribbons of one size. All sizes share their memory (the pool)."""
+
+    def __init__(self, captured: CapturedForward, tokens, ribbon, pool):
+        self.tokens, self.ribbon = tokens, ribbon
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+        def add_gradients(hidden_states):
+            results = torch.autograd.grad(hidden_states, captured.parameters, self.gradient)
+            torch._foreach_add_(captured.gradients, results)
+        # A first run sets up what may not be recorded; with this gradient it adds nothing.
+        hidden_states, stream = captured.forward(tokens, ribbon), torch.cuda.current_stream()
+        self.gradient = torch.zeros_like(hidden_states)
+        add_gradients(hidden_states)
+        del hidden_states
+        with torch.cuda.graph(self.forward, pool, stream):
+            hidden_states = captured.forward(tokens, ribbon)
+        with torch.cuda.graph(self.backward, self.forward.pool(), stream):
+            add_gradients(hidden_states)
+        self.hidden_states = hidden_states.detach()
+
+
+class Replay(torch.autograd.Function):
+    """Hidden states from the graphs; backward adds to `.grad` itself, so it returns nothing."""
+
+    @staticmethod
+    def forward(ctx, parameter, graphs: Graphs):
+        ctx.graphs = graphs
+        graphs.forward.replay()
+        return graphs.hidden_states.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.graphs.gradient.copy_(gradient)
+        ctx.graphs.backward.replay()
+        return None, None

@@ -55,10 +55,9 @@ def describe(run):
     return {"config": config, **sources, "notes": notes, "objective": run.objective,
             "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,
             "longest": run.train_set.longest, "dtype": str(run.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), **versions},
-            "machine": f"{platform.system()} {platform.machine()}",
-            "device": card, "processes": run.processes.size,
-            "micro_batch_tokens": run.max_tokens, "compiled": run.compiled, "finished": False}
+            "versions": {"python": platform.python_version(), **versions}, "compiled": run.compiled,
+            "machine": f"{platform.system()} {platform.machine()}", "finished": False,
+            "device": card, "processes": run.processes.size, "micro_batch_tokens": run.max_tokens}
 
 
 def public_name(found):

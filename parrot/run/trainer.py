@@ -14,7 +14,7 @@ from parrot.assistant import Assistant
 from parrot.attention import Ribbon
 from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
-from parrot.fast import compiling
+from parrot.fast import captured, compiling
 from parrot.files import hub, model_folder
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.sampling import replies
@@ -49,20 +49,21 @@ class Trainer:
                 self.model, self.dtype, 0 if fast.enabled else config.max_length)
             self.train_set, self.val_set, self.notes = self.load_data()
         self.max_tokens = self.processes.copy_first(self.max_tokens)  # machines may differ
-        context = self.model.config.max_position_embeddings
         longest = max(self.train_set.longest, self.val_set.longest)
-        if longest > context:
+        if longest > (context := self.model.config.max_position_embeddings):
             raise UserError(f"the longest example has {longest} tokens, but the model's context "
                             f"holds {context}: set --max-length {context}")
         self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
+        ribbon = Ribbon([256] * max(1, self.max_tokens // 256), device)
         self.compiled = fast.enabled and compiling.compile_blocks(
-            self.model, config.compile, self.dtype, Ribbon([256], device), self.num_tokens)
+            self.model, config.compile, self.dtype, ribbon, self.num_tokens)
+        if fast.enabled:
+            captured.capture(self.model, self.dtype, ribbon, longest)
         self.optimizer, self.progress = make_optimizer(self.model, config), Progress()
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
-            f"{self.total_steps} steps on {device}, up to {self.max_tokens} tokens in a forward"
-            f"{', compiled' if self.compiled else ''}", *self.notes)
+            f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)
 
     def find_data(self):
         return hub.find_data(self.config.data)

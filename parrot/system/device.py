@@ -72,7 +72,7 @@ def send(tensor, device):
 
 def autocast(device, dtype):
     """Matrix products in `dtype`; everything else, above all the weights, in float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
 
 
 def peak_memory(device):

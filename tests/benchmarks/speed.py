@@ -24,7 +24,7 @@ from parrot import assistant
 from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES
 from parrot.data import load_examples
-from parrot.fast.packed import pays
+from parrot.fast.packed import keeps_bfloat16
 from parrot.files import hub
 from parrot.sampling import generate
 from parrot.system.console import UserError, run_program
@@ -139,7 +139,7 @@ def measure(args):
     if peak:
         figures["training, peak memory, bytes"] = peak
 
-    kept = torch.bfloat16 if pays(device) else dtype  # as sample.py
+    kept = torch.bfloat16 if keeps_bfloat16(device) else dtype  # as sample.py
     size = kept.itemsize * sum(parameter.numel() for parameter in model.parameters())
     one = write(Assistant.load("", folder, kept, device, many=False), 1)
     figures["one reply, tokens/s"] = one

@@ -29,16 +29,16 @@ from parrot import assistant, attention, fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES, QUICKSTART, TrainConfig
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.fast import compiling
-from parrot.fast.packed import pack, pays
+from parrot.fast import captured, compiling
+from parrot.fast.packed import keeps_bfloat16, pack
 from parrot.files import hub
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 
 ROWS = {  # table -> the speed-ups, in the order in which they are added
-    "training, tokens/s": ["ribbon attention", "compile"],
+    "training, tokens/s": ["ribbon attention", "training graphs", "compile"],
     "one greedy reply, tokens/s": ["cached step", "captured step", "packed"],
     "16 sampled replies, tokens/s": ["cached step", "captured step", "nucleus", "packed"]}
-ONLY_ON = {"nucleus": "cpu", "packed": "cpu", "captured step": "cuda"}
+ONLY_ON = {"nucleus": "cpu", "captured step": "cuda", "training graphs": "cuda"}
 
 
 def nothing(*_, **__):
@@ -47,6 +47,7 @@ def nothing(*_, **__):
 
 PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, name, plain form
     "ribbon attention": [(attention, "FastAttention", nothing)],  # then Ribbon takes the formula
+    "training graphs": [(captured, "CapturedForward", lambda model, longest: model.forward)],
     "compile": [(compiling, "compile_blocks", nothing)],
     "cached step": [(attention, "FastStep", attention.Step),
                     (sampling, "cache_dtype", lambda model: model.dtype)],
@@ -75,7 +76,10 @@ def train(args):
     model, tokenizer = assistant.load_parts(hub.find_weights(args.weights).path, torch.float32, device)
     examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
     max_tokens = tokens_per_forward(model, dtype)
-    compiling.compile_blocks(model, "on", dtype, attention.Ribbon([256], device), num_tokens=0)
+    ribbon = attention.Ribbon([256] * (max_tokens // 256), device)
+    compiling.compile_blocks(model, "on", dtype, ribbon, num_tokens=0)
+    if device.type == "cuda":
+        model.forward = captured.CapturedForward(model, examples.longest)
     optimizer = training.make_optimizer(model, TrainConfig())
     num_tokens = 0
     for step in range(args.steps + 1):
@@ -95,8 +99,8 @@ def take_step(model, optimizer, batches, dtype):
         training.loss_sum(model, batch, dtype).backward()
     for parameter in model.parameters():
         parameter.grad /= num_targets
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits
-    assert math.isfinite(grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert math.isfinite(float(grad_norm))  # waits
     optimizer.step()
     optimizer.zero_grad()
 
@@ -105,7 +109,7 @@ def write_replies(args, samples):
     """Tokens per second of so many replies at once, reading the prompt not counted."""
     device, dtype = pick(args.device, args.dtype)
     folder = hub.find_weights(args.weights).path
-    if samples == 1 and is_packed() and pays(device):
+    if samples == 1 and is_packed() and keeps_bfloat16(device):
         dtype = torch.bfloat16  # as sample.py
     return write(Assistant.load("", folder, dtype, device, many=samples > 1), samples, args.tokens)
 

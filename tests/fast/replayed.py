@@ -38,33 +38,35 @@ class Graph(TorchDispatchMode):
         out = func(*args, **kwargs)
         memory = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         view = not changed and any(x.untyped_storage()._cdata in memory for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        self.recorded.append((func, args, kwargs, None if view else out, bool(changed)))
+        if not view:  # a view is the same memory
+            self.recorded.append((func, args, kwargs, out, bool(changed)))
         return out
+
+    def pool(self):
+        """The memory of a graph; here each has its own."""
 
     def end(self):
         """While recording nothing is run: take back what was written, spoil what was made."""
         for tensor, value in reversed(self.before):
-            tensor.copy_(value)
+            tensor.data.copy_(value)
         self.before = []
         for *_, out, in_place in self.recorded:
-            if out is not None and not in_place:
+            if not in_place:
                 for x in tree_leaves(out):
                     if isinstance(x, torch.Tensor):
-                        x.fill_(float("nan") if x.is_floating_point() else 0)
+                        x.data.fill_(float("nan") if x.is_floating_point() else 0)
 
     def replay(self):
         for func, args, kwargs, out, in_place in self.recorded:
-            if out is None:  # a view: the same memory
-                continue
             again = func(*args, **kwargs)
             if not in_place:
                 for old, new in zip(tree_leaves(out), tree_leaves(again)):
                     if isinstance(old, torch.Tensor):
-                        old.copy_(new)
+                        old.data.copy_(new)
 
 
 @contextlib.contextmanager
-def recording(graph, **_):
+def recording(graph, *_, **__):
     with graph:
         yield
     graph.end()
@@ -80,6 +82,7 @@ def graphs():
     """Inside: torch.cuda's graphs and streams on a CPU."""
     with contextlib.ExitStack() as stack:
         for name, value in {"CUDAGraph": Graph, "graph": recording, "Stream": Stream, "current_stream": Stream,
+                            "set_stream": lambda _: None,
                             "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda *_: None}.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
         yield

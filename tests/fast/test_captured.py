@@ -5,9 +5,9 @@ import replayed
 import torch
 from conftest import tiny_model
 
-from parrot import fast, sampling
-from parrot.attention import KVCache
-from parrot.fast.captured import CapturedStep
+from parrot import attention, fast, sampling
+from parrot.attention import KVCache, Ribbon
+from parrot.fast.captured import CapturedForward, CapturedStep
 
 PROMPTS = [[[3]], [[5, 6, 7]], [[5, 6, 7], [8, 9, 10, 11, 12]]]
 
@@ -52,6 +52,50 @@ def test_a_wait_while_recording_is_refused():
     """The fast step of a CPU asks for the longest sequence, which a graph cannot."""
     with torch.inference_mode(), replayed.graphs(), pytest.raises(RuntimeError, match="capturing"):
         greedy(tiny_model(), [[5, 6, 7], [8]], CapturedStep())
+
+
+class Seams:
+    """fast/ribbon.py on a GPU: attention that knows the documents from a tensor."""
+
+    def __init__(self, lengths, device):
+        self.lengths, self.longest, self.seams = lengths, max(lengths), torch.tensor([0, *lengths]).cumsum(0)
+
+    def attend(self, q, k, v):
+        assert self.longest >= max(self.lengths)
+        document = torch.searchsorted(self.seams, torch.arange(len(q)), right=True)
+        visible = (document[:, None] == document).tril()
+        return attention.attention(*(x.transpose(0, 1) for x in (q, k, v)), visible).transpose(0, 1)
+
+
+def test_training_by_graphs_gives_the_gradient_of_training_without(monkeypatch):
+    """Ribbons of three sizes, several to a step, steps one after the other; and a forward without gradient."""
+    monkeypatch.setattr(attention, "FastAttention", Seams)
+    monkeypatch.setattr("parrot.fast.captured.UNIT", 32)
+    model = tiny_model(seed=1)
+    plain = model.forward
+    with replayed.graphs():
+        captured = CapturedForward(model, longest=40)
+    ribbons = [[[5, 20], [7, 30, 40, 12]], [[30], [9, 9, 9, 9], [20, 6]], [[32, 32]]]
+
+    def gradients(forward, lengths_of_ribbons, seed):
+        model.forward = forward
+        torch.manual_seed(seed)
+        for lengths in lengths_of_ribbons:
+            hidden_states = model(torch.randint(5, 300, (sum(lengths),)), Ribbon(lengths))
+            assert len(hidden_states) == sum(lengths)
+            model.logits(hidden_states[::3]).logsumexp(-1).sum().backward()
+        result = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        return result
+    with replayed.graphs():
+        for _ in range(2):  # the second time nothing is recorded
+            for seed, step in enumerate(ribbons):
+                expected, found = gradients(plain, step, seed), gradients(captured, step, seed)
+                assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+        assert len(captured.graphs) == 3
+    with torch.no_grad():
+        model(torch.arange(100), Ribbon([100]))
+    assert len(captured.graphs) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str)
 def kind(request):
     """(type of the weights, whether they are arranged for many replies)"""
-    if not packed.pays(CPU):
+    if not packed.keeps_bfloat16(CPU):
         pytest.skip("this CPU's products are not packed")
     if request.param == (torch.bfloat16, True) and not multiplies_bfloat16(CPU):
         pytest.skip("this CPU has no bfloat16 units")
@@ -27,12 +27,12 @@ def kind(request):
 
 
 def test_packed_where_it_was_seen_to_pay(monkeypatch):
-    assert not packed.pays(torch.device("cuda"))
+    assert not packed.keeps_bfloat16(torch.device("cuda"))
     monkeypatch.setattr(packed.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert packed.pays(CPU)
+    assert packed.keeps_bfloat16(CPU)
     monkeypatch.setattr(packed.platform, "machine", lambda: "arm64")
-    assert not packed.pays(CPU)
+    assert not packed.keeps_bfloat16(CPU)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
