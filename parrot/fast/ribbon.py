@@ -4,7 +4,7 @@
     CUDA, 16 bits, compute capability 8.0       torch's varlen_attn: all documents in one call
     the rest, and ROCm, where it was never run  torch's own attention, a document at a time
 
-What the tiles buy stands there; the rest waits for a GPU. Held equal by tests/test_attention.py.
+Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
 """
 
 import torch
