@@ -37,12 +37,6 @@ class CapturedStep:
         cache.filled.copy_(filled)  # nothing was written yet
 
 
-def capture(model, dtype, ribbon, longest):
-    """Let training replay graphs, if `ribbon` is one that one kernel attends to."""
-    if ribbon.fast and ribbon.fast.has_kernel(dtype, model.config.head_dim):
-        model.forward = CapturedForward(model, longest)
-
-
 class CapturedForward:
     """model.Llama.forward in training, with its backward, for ribbons of a few sizes.
 
@@ -53,7 +47,7 @@ class CapturedForward:
         self.forward, self.longest = model.forward, max(longest, UNIT)
         self.parameters = list(model.model.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.graphs = {}
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # work on the default stream cannot be recorded
 
@@ -71,8 +65,7 @@ class CapturedForward:
                 parameter.grad = gradient.detach()
         if size not in self.graphs:
             padded.fast.longest = self.longest
-            pool = next((graphs.forward.pool() for graphs in self.graphs.values()), None)
-            self.graphs[size] = Graphs(self, tokens.new_zeros(size[0]), padded, pool)
+            self.graphs[size] = Graphs(self, tokens.new_zeros(size[0]), padded)
         graphs = self.graphs[size]
         graphs.tokens[:N] = tokens
         graphs.ribbon.positions.copy_(padded.positions)
@@ -83,7 +76,7 @@ class CapturedForward:
 class Graphs:
     """Forward and backward for ribbons of one size. All sizes share their memory (the pool)."""
 
-    def __init__(self, captured: CapturedForward, tokens, ribbon, pool):
+    def __init__(self, captured: CapturedForward, tokens, ribbon):
         self.tokens, self.ribbon = tokens, ribbon
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
@@ -95,9 +88,9 @@ class Graphs:
         self.gradient = torch.zeros_like(hidden_states)
         add_gradients(hidden_states)
         del hidden_states
-        with torch.cuda.graph(self.forward, pool, stream):
+        with torch.cuda.graph(self.forward, captured.pool, stream):
             hidden_states = captured.forward(tokens, ribbon)
-        with torch.cuda.graph(self.backward, self.forward.pool(), stream):
+        with torch.cuda.graph(self.backward, captured.pool, stream):
             add_gradients(hidden_states)
         self.hidden_states = hidden_states.detach()
 

@@ -7,11 +7,23 @@ Held equal by tests/fast/test_compiling.py.
 
 import torch
 
+from parrot.fast.captured import CapturedForward
+from parrot.fast.recomputed import recompute
 from parrot.fast.tiles import Tiles
 from parrot.system.console import UserError, say
 from parrot.system.device import autocast
 
 EARNED_BACK = {"cpu": 500_000, "cuda": 4_000_000, "mps": float("inf")}  # tokens until it pays off
+
+
+def speed_up(model, choice, dtype, ribbon, longest, num_tokens):
+    """All that training does to a model beforehand; returns whether blocks are compiled."""
+    is_compiled = compile_blocks(model, choice, dtype, ribbon, num_tokens)
+    if ribbon.fast.has_kernel(dtype, model.config.head_dim):
+        model.forward = CapturedForward(model, longest)
+    elif not is_compiled:  # which chooses for itself what to compute again
+        recompute(model)
+    return is_compiled
 
 
 def compile_blocks(model, choice, dtype, ribbon, num_tokens):

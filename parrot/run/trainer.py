@@ -14,7 +14,7 @@ from parrot.assistant import Assistant
 from parrot.attention import Ribbon
 from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
-from parrot.fast import captured, compiling
+from parrot.fast.compiling import speed_up
 from parrot.files import hub, model_folder
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
 from parrot.sampling import replies
@@ -57,10 +57,8 @@ class Trainer:
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
         ribbon = Ribbon([256] * max(1, self.max_tokens // 256), device)
-        self.compiled = fast.enabled and compiling.compile_blocks(
-            self.model, config.compile, self.dtype, ribbon, self.num_tokens)
-        if fast.enabled:
-            captured.capture(self.model, self.dtype, ribbon, longest)
+        self.compiled = fast.enabled and speed_up(
+            self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
         self.optimizer, self.progress = make_optimizer(self.model, config), Progress()
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
             f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)

@@ -42,9 +42,6 @@ class Graph(TorchDispatchMode):
             self.recorded.append((func, args, kwargs, out, bool(changed)))
         return out
 
-    def pool(self):
-        """The memory of a graph; here each has its own."""
-
     def end(self):
         """While recording nothing is run: take back what was written, spoil what was made."""
         for tensor, value in reversed(self.before):
@@ -82,7 +79,7 @@ def graphs():
     """Inside: torch.cuda's graphs and streams on a CPU."""
     with contextlib.ExitStack() as stack:
         for name, value in {"CUDAGraph": Graph, "graph": recording, "Stream": Stream, "current_stream": Stream,
-                            "set_stream": lambda _: None,
+                            "set_stream": lambda _: None, "graph_pool_handle": lambda: None,
                             "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda *_: None}.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
         yield
