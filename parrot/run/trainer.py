@@ -56,7 +56,7 @@ class Trainer:
         self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
-        ribbon = Ribbon([256] * max(1, self.max_tokens // 256), device)
+        ribbon = Ribbon([256] * (min(max(self.max_tokens, 256), 16384) // 256), device)
         self.compiled = fast.enabled and speed_up(
             self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
         self.optimizer, self.progress = make_optimizer(self.model, config), Progress()
