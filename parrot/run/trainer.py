@@ -124,6 +124,7 @@ class Trainer:
             return
         assistant = Assistant("", self.model, self.tokenizer, "chat")
         if when == "after" and self.folder.keeps:  # what is kept is the best
+            self.optimizer.state.clear()  # memory for a second model
             assistant = Assistant.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
         prompts = [[{"role": "user", "content": question}] for question in questions]
