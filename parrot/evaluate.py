@@ -103,7 +103,7 @@ def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
         say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
     counts, sums = np.array([sum(is_target) for _, is_target in pairs]), np.zeros(len(pairs))
     batches = held_out_batches(Examples.of(pairs), 640, model.device, "held-out loss")
-    for indices, batch in batches:
+    for indices, batch in batches:  # of at most 640 tokens
         losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     table = {}

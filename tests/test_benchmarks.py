@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parrot import attention, fast, sampling
 from parrot.attention import Ribbon
-from parrot.fast import cached, captured, compiling, nucleus, ribbon, tiles
+from parrot.fast import cached, compiling, nucleus, ribbon, tiles
 from parrot.system.console import run_program
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -89,7 +89,8 @@ def test_medians_leave_out_the_first(monkeypatch):
 
 NAMES = {  # speed-up -> what is in its place when it is on
     "ribbon attention": (attention, "FastAttention", ribbon.FastAttention),
-    "training graphs": (captured, "CapturedForward", captured.CapturedForward),
+    "recomputed MLP": (compiling, "recompute", compiling.recompute),
+    "training graphs": (compiling, "CapturedForward", compiling.CapturedForward),
     "compile": (compiling, "compile_blocks", compiling.compile_blocks),
     "cached step": (attention, "FastStep", cached.FastStep),
     "captured step": (sampling, "CapturedStep", sampling.CapturedStep),
@@ -109,9 +110,9 @@ def test_only_these_speed_ups_are_on(speed_ups):
         assert getattr(module, attribute) is function
 
 
-@pytest.mark.parametrize("num_speed_ups", range(3))
+@pytest.mark.parametrize("num_speed_ups", range(4))
 def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypatch):
-    """On a CPU: plain, + attention in tiles, + compile (which is only called)."""
+    """On a CPU: plain, + attention in tiles, + the recomputed MLP, + compile (which is only called)."""
     calls = set()
     compile_blocks = mock.create_autospec(compiling.compile_blocks)  # it would take too long
     monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
@@ -125,7 +126,7 @@ def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypat
     args = tricks.parser().parse_args(arguments("--steps", "1", "--batch-size", "4")[1:])
     assert tricks.run_row("training, tokens/s", num_speed_ups, args) > 0
     assert len(calls) == min(num_speed_ups, 1)
-    assert compile_blocks.called == (num_speed_ups == 2)
+    assert compile_blocks.called == (num_speed_ups == 3)
 
 
 @pytest.mark.parametrize("title", ["one greedy reply, tokens/s", "16 sampled replies, tokens/s"])

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from parrot import attention, sampling
 from parrot.attention import KVCache
 from parrot.data import Batch, Examples
-from parrot.fast.packed import pack
+from parrot.fast.packed import PackedLlama, pack
 from parrot.model import Llama
 from parrot.training import loss_sum, token_losses
 
@@ -139,6 +139,7 @@ def test_a_prompt_and_a_step_of_writing(dtype, is_packed, both_ways):
     with gpu(), torch.no_grad():
         model = model_on_gpu(dtype)
         model = pack(model, many=True) if is_packed else model
+        assert isinstance(model, PackedLlama if is_packed else Llama)
         cache = KVCache(model.config, 2, 30, dtype, CUDA)
         hidden_states = model(torch.zeros(7, dtype=torch.long, device=CUDA), cache.prefill([3, 4]))
         logits = sampling.logits_after(model, cache, torch.zeros(2, dtype=torch.long, device=CUDA), [0, 1])

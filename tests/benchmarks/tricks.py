@@ -29,16 +29,18 @@ from parrot import assistant, attention, fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DEVICES, DTYPES, QUICKSTART, TrainConfig
 from parrot.data import Batch, examples_of_step, load_examples, micro_batches
-from parrot.fast import captured, compiling
+from parrot.fast import compiling
 from parrot.fast.packed import keeps_bfloat16, pack
 from parrot.files import hub
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 
 ROWS = {  # table -> the speed-ups, in the order in which they are added
-    "training, tokens/s": ["ribbon attention", "training graphs", "compile"],
+    "training, tokens/s": ["ribbon attention", "recomputed MLP", "training graphs",
+                           "compile"],
     "one greedy reply, tokens/s": ["cached step", "captured step", "packed"],
     "16 sampled replies, tokens/s": ["cached step", "captured step", "nucleus", "packed"]}
-ONLY_ON = {"nucleus": "cpu", "captured step": "cuda", "training graphs": "cuda"}
+ONLY_ON = {"nucleus": "cpu", "recomputed MLP": "cpu", "captured step": "cuda",
+           "training graphs": "cuda"}
 
 
 def nothing(*_, **__):
@@ -47,7 +49,8 @@ def nothing(*_, **__):
 
 PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, name, plain form
     "ribbon attention": [(attention, "FastAttention", nothing)],  # then Ribbon takes the formula
-    "training graphs": [(captured, "CapturedForward", lambda model, longest: model.forward)],
+    "recomputed MLP": [(compiling, "recompute", nothing)],
+    "training graphs": [(compiling, "CapturedForward", lambda model, longest: model.forward)],
     "compile": [(compiling, "compile_blocks", nothing)],
     "cached step": [(attention, "FastStep", attention.Step),
                     (sampling, "cache_dtype", lambda model: model.dtype)],
@@ -77,9 +80,8 @@ def train(args):
     examples, _, _ = load_examples(hub.find_data(args.data), tokenizer, 2048, 0.0)
     max_tokens = tokens_per_forward(model, dtype)
     ribbon = attention.Ribbon([256] * (max_tokens // 256), device)
-    compiling.compile_blocks(model, "on", dtype, ribbon, num_tokens=0)
-    if device.type == "cuda":
-        model.forward = captured.CapturedForward(model, examples.longest)
+    if fast.enabled:
+        compiling.speed_up(model, "on", dtype, ribbon, examples.longest, num_tokens=0)
     optimizer = training.make_optimizer(model, TrainConfig())
     num_tokens = 0
     for step in range(args.steps + 1):

@@ -9,7 +9,7 @@ from parrot.fast.recomputed import recompute
 
 
 def kept(model):
-    """(gradients, numbers that the forward kept) of one ribbon."""
+    """(gradients, bytes that the forward kept) of one ribbon."""
     sizes = {}
 
     def pack(tensor):
