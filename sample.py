@@ -18,7 +18,7 @@ from parrot.assistant import Assistant
 from parrot.config import SampleConfig
 from parrot.fast.packed import keeps_bfloat16
 from parrot.files import hub
-from parrot.sampling import generate, room_after
+from parrot.sampling import replies
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, refuse, run_program, say, side_by_side
 from parrot.system.device import pick
@@ -70,25 +70,23 @@ def load(name, config: SampleConfig) -> Assistant:
 
 def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
     """Write --num-samples replies; returns their text. stream: show one as it is written."""
-    prompt, names = assistant.prompt(messages), ("temperature", "top_p", "repetition_penalty")
-    settings = {name: getattr(config, name) for name in names}
+    shown, decode = "", assistant.tokenizer.decode
+
+    def show_more(written):
+        nonlocal shown
+        shown = show(decode(written[0]), shown)
     generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    replies, shown = [[] for _ in range(config.num_samples)], ""
-    for step in generate(assistant.model, [prompt], assistant.stop, generator=generator,
-                         max_new_tokens=config.max_new_tokens, samples_each=len(replies),
-                         **settings):
-        for tokens, token in zip(replies, step, strict=True):
-            if token is not None:
-                tokens.append(token)
-        if stream:
-            shown = show(assistant.tokenizer.decode(replies[0]), shown)
-    texts = list(map(assistant.tokenizer.decode, replies))
+    written = replies(
+        assistant.model, [assistant.prompt(messages)], assistant.stop, generator=generator,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty, samples_each=config.num_samples,
+        show=show_more if stream else None)
+    texts = [decode(tokens) for tokens, _ in written]
     if stream:
         print(printable(texts[0][len(shown):]), flush=True)
-    longest = max(map(len, replies))
-    if longest == room_after([len(prompt)], assistant.model.config, config.max_new_tokens):
-        say(f"[{assistant.name}: cut after {longest} tokens]")
+    if cut := [len(tokens) for tokens, ended in written if not ended]:
+        say(f"[{assistant.name}: cut after {cut[0]} tokens]")
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))

@@ -133,8 +133,11 @@ def logits_after(model, cache, tokens, running):
     return model.logits(model(tokens, cache.step()))
 
 
-def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **settings):
-    """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply."""
+def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, show=None, **settings):
+    """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply.
+
+    show: called with the tokens of all replies so far, after each step.
+    """
     room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     tokens = [[] for _ in range(len(prompts) * samples_each)]
     for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
@@ -142,6 +145,8 @@ def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, **settings)
         for reply, token in zip(tokens, step, strict=True):
             if token is not None:
                 reply.append(token)
+        if show:
+            show(tokens)
     return [(reply, len(reply) < room) for reply in tokens]
 
 

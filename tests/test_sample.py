@@ -61,7 +61,7 @@ def test_the_reply_and_nothing_else_goes_to_stdout(ask, tiny_folder):
     status, out, err = ask("--model", tiny_folder, "--prompt", "Hi", "--temperature", 0, "--dtype", "float32", *SHORT)
     model, tokenizer = assistant.load_parts(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
-    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
+    steps = sampling.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
                             repetition_penalty=REPETITION_PENALTY)
     assert status == 0 and out == sample.printable(tokenizer.decode([token for token, in steps])) + "\n"
     assert "cut after 12 tokens" in err
@@ -73,7 +73,7 @@ def test_a_system_turn(stdin, flags, ask, tiny_folder):
     out = ask(*settings, "--system", "Be short.", stdin=stdin)[1]
     model, tokenizer = assistant.load_parts(tiny_folder)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, "Be short.")
-    steps = sample.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
+    steps = sampling.generate(model, [prompt], {0, 2}, max_new_tokens=12, temperature=0, top_p=1,
                             repetition_penalty=REPETITION_PENALTY)
     expected = sample.printable(tokenizer.decode([token for token, in steps]))
     assert expected in out and expected not in ask(*settings, stdin=stdin)[1]
@@ -159,7 +159,7 @@ def test_no_prompt_yields_a_control_token(argv, stdin, ask, tiny_folder, monkeyp
     def watched(model, prompts, *rest, **more):
         seen.extend(prompts)
         return original(model, prompts, *rest, **more)
-    monkeypatch.setattr(sample, "generate", watched), monkeypatch.setattr(sampling, "generate", watched)
+    monkeypatch.setattr(sampling, "generate", watched)
     assert ask("--model", tiny_folder, *argv, *SHORT, stdin=stdin)[0] == 0
     control = [token for token in seen[0] if token <= 2]
     assert control == ([] if "plain" in argv else [1, 2, 1]) and len(seen) == 1
