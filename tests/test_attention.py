@@ -32,7 +32,7 @@ def test_ribbon_attention_is_the_formula(lengths, dtype, tolerance, how, monkeyp
     torch.manual_seed(0)
     monkeypatch.setattr(fast, "enabled", how != "plain")
     if how == "torch's own":
-        monkeypatch.setattr(tiles, "LONGEST", 0)
+        monkeypatch.setattr(tiles, "MAX_LENGTH", 0)
     q, k, v = (torch.randn(sum(lengths), heads, 16, dtype=dtype) for heads in (6, 2, 2))
     y = Ribbon(lengths).attend(0, q, k, v)
     assert y.dtype == dtype

@@ -19,21 +19,21 @@ class FastStep:
     """The cache's next column: one new token per sequence, at `positions` (B,)."""
 
     def __init__(self, cache, positions):
-        device, longest = positions.device, cache.keys.shape[3]
+        device, T = positions.device, cache.keys.shape[3]
         is_cpu = device.type == "cpu"  # a GPU would have to wait, and a graph needs fixed shapes
         if is_cpu:
-            longest = int(positions.max()) + 1
+            T = int(positions.max()) + 1
         rows = torch.arange(len(positions), device=device)
         self.positions, self.index, self.mask = positions, (rows, slice(None), positions), None
-        if is_cpu and positions.min() == longest - 1:  # as with replies to one prompt
+        if is_cpu and positions.min() == T - 1:  # as with replies to one prompt
             self.index = slice(None), slice(None), -1
         else:  # (B, 1, 1, T): added to the scores; its rows lie in memory as a GPU wants them
-            places = torch.arange(longest + -longest % 16, device=device)
-            mask = torch.where(places <= positions[:, None], 0.0, -math.inf)[:, None, None]
-            self.mask = mask.to(cache.keys.dtype)[..., :longest]
+            columns = torch.arange(T + -T % 16, device=device)
+            mask = torch.where(columns <= positions[:, None], 0.0, -math.inf)[:, None, None]
+            self.mask = mask.to(cache.keys.dtype)[..., :T]
         # All layers at once: 30 slices take longer.
-        self.keys = cache.keys[:, :, :, :longest].unbind()
-        self.values = cache.values[:, :, :, :longest].unbind()
+        self.keys = cache.keys[:, :, :, :T].unbind()
+        self.values = cache.values[:, :, :, :T].unbind()
 
     def attend(self, layer, q, k, v):
         """q (B, H, D), k and v (B, K, D) -> (B, H, D)."""

@@ -18,7 +18,7 @@ class FastAttention:
     def __init__(self, lengths, device):
         self.lengths, self.longest, self.tiles, self.seams = lengths, max(lengths), None, None
         device = torch.device(device)
-        if device.type == "cpu" and self.longest <= tiles.LONGEST:
+        if device.type == "cpu" and self.longest <= tiles.MAX_LENGTH:
             self.tiles = tiles.Tiles(lengths)
         elif (device.type == "cuda" and not torch.version.hip
               and torch.cuda.get_device_capability(device) >= (8, 0)):

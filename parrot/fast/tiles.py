@@ -11,7 +11,7 @@ import math
 import torch
 
 TILE = 256  # queries at most
-LONGEST = 2048  # tokens of a document, whose softmax is kept: 40 MB a layer in bfloat16
+MAX_LENGTH = 2048  # tokens of a document, whose softmax is kept: 40 MB a layer in bfloat16
 
 
 def cut(lengths):
@@ -38,19 +38,19 @@ def cut(lengths):
 class Tiles:
     def __init__(self, lengths):
         document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.places = cut(lengths)
-        self.masks = [mask_of(document, *place) for place in self.places]  # once for all layers
+        self.spans = cut(lengths)
+        self.masks = [mask_of(document, *span) for span in self.spans]  # once for all layers
 
     def attend(self, q, k, v):
         """Causal attention within documents: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         K, outputs = k.shape[1], []
-        starts = [query for _, query, _ in self.places]
-        sizes = [end - query for _, query, end in self.places]
+        starts = [query for _, query, _ in self.spans]
+        sizes = [end - query for _, query, end in self.spans]
         # (K, n, G, D) for each tile: query heads that share a key head stand together.
         q, k, v = (x.unflatten(1, (K, -1)).transpose(0, 1).contiguous().split(sizes, dim=1)
                    for x in (q * q.shape[2] ** -0.5, k, v))
         with torch.autocast(q[0].device.type, enabled=False):  # its softmax would keep float32
-            for tile, ((key, _, _), mask) in enumerate(zip(self.places, self.masks, strict=True)):
+            for tile, ((key, _, _), mask) in enumerate(zip(self.spans, self.masks, strict=True)):
                 seen = slice(starts.index(key), tile + 1)  # the tiles that hold its keys
                 keys, values = (torch.cat(x[seen], dim=1).squeeze(2) for x in (k, v))  # (K, m, D)
                 scores = q[tile].flatten(1, 2) @ keys.transpose(1, 2)  # (K, n G, m)

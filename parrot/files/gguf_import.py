@@ -15,7 +15,7 @@ from parrot.files.tokenizer import Tokenizer
 from parrot.system.console import UserError, refuse
 from parrot.system.disk import write_json
 
-FIELDS = {  # of "llama." in GGUF: our name; where two have the same, their values must agree
+RENAMED = {  # of "llama." in GGUF: our name; where two have the same, their values must agree
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim", "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "block_count": "num_hidden_layers",
@@ -77,7 +77,7 @@ def _config(fields):
         refuse(name, {f"is {value!r:.60}, not {expected!r}": (value or False) != expected})
     raw = {"model_type": "llama", "tie_word_embeddings": True}
     for name, value in fields.items():
-        ours = FIELDS.get(name.removeprefix("llama."))
+        ours = RENAMED.get(name.removeprefix("llama."))
         if name.startswith("llama.") and (not ours or raw.setdefault(ours, value) != value):
             raise UserError(f"{name} is {value!r:.60}, which is not supported")
     raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")  # a float32: 9.9999997e-06 was 1e-05

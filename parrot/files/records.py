@@ -27,7 +27,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 TEXTS = SHAPES["prompt"] + SHAPES["context"] + SHAPES["reply"]  # a number there is refused
 KEYS = {key for keys in SHAPES.values() for key in keys}
-LONGEST = 1_000_000  # characters of a conversation; tokenising 50 million took 90 s and 11 GB
+MAX_CHARACTERS = 1_000_000  # of a conversation; tokenising 50 million took 90 s and 11 GB
 
 
 @dataclass
@@ -83,7 +83,7 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
     length = sum(len(message["content"]) for message in messages)
     refuse("it has", {
         "no reply to learn from": not any(map(is_learned, messages)),
-        f"{length:,} characters; more than {LONGEST:,} are refused": length > LONGEST})
+        f"{length:,} characters, more than {MAX_CHARACTERS:,}": length > MAX_CHARACTERS})
     return messages
 
 

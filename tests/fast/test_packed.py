@@ -46,7 +46,7 @@ def test_the_same_logits_for_any_shape(heads, kv_heads, tied, kind, monkeypatch)
     assert isinstance(ours, packed.PackedLlama)
     tokens = torch.arange(40) * 7 % 320
     for lengths, longest in (([25, 15], 2048), ([1], 2048), ([25, 15], 20)):  # the last is attended to in another way
-        monkeypatch.setattr(tiles, "LONGEST", longest)
+        monkeypatch.setattr(tiles, "MAX_LENGTH", longest)
         some, ribbon = tokens[:sum(lengths)], Ribbon(lengths)
         with torch.inference_mode():
             expected, near, found = (model.logits(model(some, ribbon)).double() for model in (exact, plain, ours))

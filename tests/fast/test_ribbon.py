@@ -61,7 +61,7 @@ def test_no_old_gpu(monkeypatch):
 def test_a_document_too_long_for_tiles_goes_another_way(lengths, monkeypatch):
     q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (6, 2, 2))
     expected = Ribbon(lengths).attend(0, q, k, v)
-    monkeypatch.setattr(tiles, "LONGEST", 0)
+    monkeypatch.setattr(tiles, "MAX_LENGTH", 0)
     other = Ribbon(lengths)
     assert other.fast.tiles is None
     assert torch.allclose(other.attend(0, q, k, v), expected, atol=1e-5)

@@ -18,7 +18,7 @@ def test_every_query_is_in_one_tile_with_all_that_it_may_see(lengths):
     starts = torch.tensor([0, *lengths]).cumsum(0)
     start_of = torch.cat([start.repeat(length) for start, length in zip(starts, lengths)])  # (N,) of each token's document
     queries, ribbon = 0, tiles.Tiles(lengths)
-    for (key, query, end), mask in zip(ribbon.places, ribbon.masks):
+    for (key, query, end), mask in zip(ribbon.spans, ribbon.masks):
         assert query == queries and query < end <= query + tiles.TILE
         mask, keys = mask[:, 0], torch.arange(key, end)
         assert key <= start_of[query:end].min()
