@@ -1,7 +1,8 @@
 """The cache: a new token looks at the past. A copy of parrot/attention.py, Step.attend.
 
 `self` is a Step: its `cache` has keys and values (layers, B, K, T, D) and `write`; its `index` is
-where the new keys and values belong; its `visible` is a mask (B, 1, 1, T).
+where the new keys and values belong; its `visible` (B, 1, 1, T) is True at the sequence's past and
+at the new token itself. Two lines are missing: the one that stores, and what the query may see.
 """
 
 from parrot.attention import attention
