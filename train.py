@@ -27,7 +27,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
         return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes
 
-    for step in run.steps():  # between two steps it evaluates, now and then
+    for step in run.steps():  # which also evaluates, every --eval-every steps
         # The batch: this step's examples as micro-batches (class Batch), each one ribbon.
         batches = run.batches(step)
 
@@ -39,7 +39,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
             ribbon_loss.backward()
             loss += ribbon_loss.detach()
             num_terms += batch.num_terms  # its number of targets (in parrot.dpo: of pairs)
-        loss, num_terms = processes.sum_step(model, loss, num_terms)
+        loss, num_terms = processes.sum_step(model, loss, num_terms)  # and every .grad
 
         # The division, once: now loss and gradient are means over all targets of the step, and it
         # does not matter how the step was split into ribbons or over processes.
@@ -52,7 +52,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
         max_norm = config.grad_clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         loss, grad_norm = float(loss), float(grad_norm)  # here the CPU waits for a GPU
-        run.check(loss, grad_norm)  # also saves a checkpoint now and then, and obeys Ctrl-C
+        run.check_and_save(loss, grad_norm)  # a checkpoint now and then, or before it obeys Ctrl-C
 
         # The rate: a warmup, then half a cosine.
         rate = learning_rate(step, run.total_steps, config.learning_rate,

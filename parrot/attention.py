@@ -1,7 +1,7 @@
 """Attention: which tokens each token looks at, and how much of each it takes.
 
-The N tokens of a forward are a *ribbon*, documents laid end to end (in training, and for prompts),
-or the next tokens of several replies, which look back into a *key/value cache*. Both are layouts:
+A *layout* says how the N tokens of a forward belong together: a *ribbon* of documents, end to end
+(training, prompts), or the next tokens of several replies, with a *key/value cache*. Each has:
 
     positions                   (N,)  the position of each token in its own document, from 0
     attend(layer, q, k, v)      q (N, H, D), k and v (N, K, D) -> (N, H, D)
@@ -86,7 +86,7 @@ class Ribbon:
 
 
 class KVCache:
-    """The keys and values of B sequences: the same hidden states for the work of one new token.
+    """The keys and values that B sequences have so far: a new token costs the work of one token.
 
     >>> from parrot.model import Llama, LlamaConfig
     >>> model = Llama(LlamaConfig(32, 16, 24, 2, 4, 2, 4, 64, 1e-5, 10000.0, True))

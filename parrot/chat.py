@@ -45,7 +45,7 @@ def pieces_of(messages):
     for message in messages:
         role, text = message["role"], message["content"].strip()
         pieces.append((IM_START, False))
-        if role == "assistant" and "weight" not in message:  # else it is only read
+        if role == "assistant" and "weight" not in message:  # a reply of weight 0 is only read
             pieces += [("assistant\n", False), (text, True), (IM_END, True)]
         else:
             pieces += [(f"{role}\n{text}", False), (IM_END, False)]
@@ -74,14 +74,14 @@ def encode_chat(messages, tokenizer: Tokenizer):
 
 
 def with_system(messages, system):
-    """The messages, after the system turn `system` where they have none of their own."""
+    """The messages, led by the system turn `system` unless they begin with one of their own."""
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
 def encode_prompt(messages, tokenizer: Tokenizer, system=None):
-    """Messages, after `with_system` -> the tokens after which the model writes its reply."""
+    """Messages, led by `system` -> the tokens of the prompt, up to where the reply begins."""
     pieces = pieces_of(with_system(messages, system))
     pieces += [(IM_START, False), ("assistant\n", False)]
     return encode_pieces([pieces], tokenizer)[0][0]
@@ -132,7 +132,7 @@ class ViewConfig:
 def main():
     """Show the first five records of a file, targets marked."""
     config = parse(ViewConfig, sys.argv[1:], main.__doc__)
-    name, model = [*config.file, "instruct-q4"][:2]
+    name, model = [*config.file, "instruct-q4"][:2]  # the model is optional
     tokenizer = Tokenizer(hub.find_weights(model).path)
     for conversation in islice(records.read_conversations(hub.find_data(name).files[0]), 5):
         tokens, is_target = encoded = encode_chat(conversation.messages, tokenizer)

@@ -14,10 +14,9 @@ WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub
 DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "
         "dataset id; with :test, the part of that name")
 
-# Few examples: a third epoch memorised them (held-out loss 2.32 instead of 2.13).
+# One epoch: two more memorise the few examples (held-out loss 2.13, 2.20, 2.37).
 QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
-              "max_steps": 20, "batch_size": 16, "learning_rate": 2.5e-4, "val_fraction": 0.1,
-              "eval_every": 10}
+              "epochs": 1, "batch_size": 8, "learning_rate": 2e-4, "val_fraction": 0.1}
 
 
 @dataclass

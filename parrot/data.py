@@ -2,7 +2,7 @@
 
 A *conversation* (files/records.py) becomes an *example*: tokens, and for each whether it is a
 target. A *ribbon* is a micro-batch: examples laid end to end, without padding, with the rows that
-have a target. Every choice here is a pure function of the records and the seed.
+have a target. Every choice is a pure function of records and seed. Read `Batch` first.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from parrot.system.console import UserError, printable
 from parrot.system.device import send
 from parrot.system.disk import read_json, sha256_of, write_json
 
-# Editing what makes the tokens must change them: the source is part of the cache's key.
+# If this code changes, cached tokens are stale: its hash is part of the cache's key.
 CODE = cache.source_hash(__file__, chat, examples, records, rows, tokenizer)
-PART = 20_000  # records that are tokenised, and kept, at a time: an interruption loses no more
+PART = 20_000  # records tokenised and saved at a time: an interruption loses at most one part
 
 
 def prompt_hash(messages):
-    """63 bits of the hash of what stands before the first reply; case and white space aside."""
+    """A 63-bit hash of all that precedes the first reply, whatever its case and white space."""
     prompt = [" ".join(message["content"].lower().split())
               for message in takewhile(lambda message: message["role"] != "assistant", messages)]
     digest = hashlib.sha256("\n".join(prompt).encode()).digest()
@@ -45,7 +45,7 @@ def prompt_hash(messages):
 def is_held_out(hashes, fraction):
     """Whether an example is kept from training: by the hash of its prompt alone.
 
-    So the same prompt never stands on both sides, whatever the order of the file and the seed.
+    So a prompt is never in both sets, whatever the order of the file and the seed.
     """
     return hashes < fraction * 2.0**63
 
@@ -56,8 +56,8 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
-    Held out is all of `val_data`; without it, a share of the examples, by `is_held_out`. Pairs, for
-    parrot.dpo, are two examples each, the chosen one first.
+    Held-out examples are all of `val_data` or, without it, the share that `is_held_out` picks.
+    Pairs, for parrot.dpo, are two examples each, the chosen one first.
     """
     train, remarks = tokenised(data, tokenizer, max_length, skip_bad, pairs, max_examples)
     if val_data:
@@ -131,7 +131,7 @@ def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs
 
 
 def remarks_on(conversation: Conversation):
-    """What of a conversation is not learned as it stands, each once."""
+    """Yield a remark for each way in which a conversation is not learned as it stands."""
     for key in sorted(conversation.unused):
         yield f"records have text under {key!a:.60}, which is not used"
     replies = [turn for turn in conversation.messages if turn["role"] == "assistant"]
@@ -200,8 +200,8 @@ def steps_per_epoch(examples: Examples, batch_size):  # rounded up
 def examples_of_step(step, examples: Examples, batch_size, seed):
     """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    Steps differ by one example at most: a last step of three, say, would move the weights as far as
-    one of 64.
+    Steps differ by one example at most: a last step of three examples would move the weights as far
+    as one of 64.
     """
     steps = steps_per_epoch(examples, batch_size)
     epoch, step_of_epoch = divmod(step, steps)

@@ -4,7 +4,7 @@
 
 Tokens come as one flat ribbon, so only attention knows about documents (attention.py). Modules have
 the names of a Hugging Face checkpoint, so loading needs no table of names. If you edit this file,
-run with --plain: on a CPU replies are written by fast/packed.py.
+run with --plain: else fast/packed.py, which knows nothing of your edit, writes the replies.
 
 Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.
@@ -67,7 +67,7 @@ def rope_angles(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Turn each pair of x (N, heads, D) by its angle. Pair i is (x[i], x[i + D / 2]).
 
-    Why: of the positions of two vectors, only their distance then affects the dot product.
+    Why: the dot product of two turned vectors depends on the distance of their positions alone.
 
     >>> q, k = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]])
     >>> def score(position_q, position_k):
@@ -107,9 +107,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection opens and closes the other (arXiv:2002.05202).
+    """SwiGLU, on each token alone: one projection, through silu, gates another (arXiv:2002.05202).
 
-    silu(x) = x * sigmoid(x) is near 0 below zero and near x above it:
+    silu(x) = x * sigmoid(x) is near 0 below zero, which blocks, and near x above it:
 
     >>> F.silu(torch.tensor([-5.0, 0.0, 5.0]))
     tensor([-0.0335,  0.0000,  4.9665])

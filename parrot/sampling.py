@@ -1,6 +1,6 @@
 """From logits to words: repetition penalty, temperature, top-p, and the loop that writes.
 
-Shapes: B replies, R of them not ended, V vocabulary, W of its tokens, t tokens written so far.
+Shapes: B replies, R of them not ended, V vocabulary, W <= V of it, sorted, t tokens so far.
 """
 
 import torch
@@ -16,7 +16,7 @@ ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
 def ordered(probabilities, mass):
-    """(B, V) -> probabilities and ids (B, W), sorted: the likeliest, at least `mass` in all."""
+    """(B, V) -> probabilities and ids (B, W), sorted: enough of the likeliest to hold `mass`."""
     if fast.enabled and probabilities.device.type == "cpu":  # fast/nucleus.py
         few = likeliest(probabilities, mass)
         if few is not None:
@@ -37,7 +37,7 @@ def nucleus(logits, temperature, top_p):
     tensor([[0.6579, 0.2368, 0.1053]])
     """
     logits = logits.float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # finite however small it is
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # finite at any temperature
     probabilities, tokens = ordered(scaled.softmax(-1), top_p)
     before = torch.zeros_like(probabilities)  # the sum of all likelier tokens
     before[:, 1:] = probabilities.cumsum(-1)[:, :-1]
@@ -62,7 +62,7 @@ def penalize(logits, written, penalty):
 def choose(logits, temperature, top_p, numbers):
     """logits (B, V) -> the next token of every reply (B,). Temperature 0: the likeliest.
 
-    numbers (B,): uniform in [0, 1). Each takes the token on which it falls in the cumulative sum.
+    numbers (B,): uniform in [0, 1). Each picks the first token whose cumulative sum exceeds it.
 
     >>> logits = torch.tensor([[0.3, 0.5, 0.2]]).log()  # 0.5 of token 1, 0.3 of 0, 0.2 of 2
     >>> [choose(logits, 1.0, 1.0, torch.tensor([x])).item() for x in (0.49, 0.51, 0.79, 0.81)]
@@ -95,19 +95,19 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     next_logits = CapturedStep() if is_captured else logits_after
     B = len(logits)
     written = torch.empty(B, room, dtype=torch.long, device=model.device)
-    rows = torch.arange(B, device=model.device)  # (R,) the replies that have not ended
+    alive = torch.arange(B, device=model.device)  # (R,) the replies that have not ended
     for count in range(room):
         if repetition_penalty != 1:
-            logits = penalize(logits, written[rows, :count], repetition_penalty)
+            logits = penalize(logits, written[alive, :count], repetition_penalty)
         numbers = torch.rand(B, generator=generator).to(model.device)
-        tokens = choose(logits, temperature, top_p, numbers[rows])  # (R,)
+        tokens = choose(logits, temperature, top_p, numbers[alive])  # (R,)
 
         running = [i for i, token in enumerate(tokens.tolist()) if token not in stop]
         if not running:
             return
-        rows, tokens = rows[running], tokens[running]
-        written[rows, count] = tokens
-        chosen = dict(zip(rows.tolist(), tokens.tolist(), strict=True))
+        alive, tokens = alive[running], tokens[running]
+        written[alive, count] = tokens
+        chosen = dict(zip(alive.tolist(), tokens.tolist(), strict=True))
         yield [chosen.get(reply) for reply in range(B)]
         if count < room - 1:
             logits = next_logits(model, cache, tokens, running)
@@ -140,9 +140,9 @@ def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, show=None, 
     """
     room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     tokens = [[] for _ in range(len(prompts) * samples_each)]
-    for step in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
-                         samples_each=samples_each, **settings):
-        for reply, token in zip(tokens, step, strict=True):
+    for chosen in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
+                           samples_each=samples_each, **settings):
+        for reply, token in zip(tokens, chosen, strict=True):
             if token is not None:
                 reply.append(token)
         if show:

@@ -16,8 +16,8 @@ from parrot.system.distributed import Processes, torchrun_place
 def token_losses(model: Llama, batch: Batch, dtype):
     """The loss (S,) of each target: the cross-entropy -log p(target), in nats.
 
-    To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152. So a
-    mean loss of 2.72 is to be as unsure as among e^2.72 = 15 tokens, the perplexity.
+    To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152. So at a
+    mean loss of 2.72 the model is as unsure as among e^2.72 = 15 tokens, its perplexity.
 
     >>> F.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
     tensor(1.3863)
@@ -49,7 +49,7 @@ def loss_sum(model: Llama, batch: Batch, dtype):
 
 
 def held_out_batches(examples: Examples, max_tokens, device, title, share=list, batch_type=Batch):
-    """Yield (indices, batch) of all examples, or of the share of one process."""
+    """Yield (indices, batch) of all examples; `share` may pick the batches of one process."""
     splits = share(micro_batches(range(len(examples)), examples.lengths, None, max_tokens))
     for indices in tqdm(splits, title, leave=False, disable=torchrun_place()[0] > 0):
         yield indices, batch_type.of(examples, indices, device)
@@ -76,9 +76,9 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
 
 
 def make_optimizer(model: Llama, config: TrainConfig):
-    """AdamW (arXiv:1711.05101): weight -= lr * mean gradient / root mean square gradient.
+    """AdamW (arXiv:1711.05101): weight -= lr * mean gradient / root of the mean square.
 
-    The betas set how many steps the two averages cover: 0.9 about 10, 0.95 about 20. In addition,
+    Both means are running: the betas set how many steps they cover, 0.9 some 10, 0.95 some 20. And
     matrices shrink by lr * weight_decay of their value per step. The scales of the norms do not:
     decay would pull them to 0, which silences a layer.
 

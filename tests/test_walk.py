@@ -106,12 +106,11 @@ def test_a_sum_divided_once(model, tokenizer):
 
 def test_the_schedule(tokenizer):
     train, held_out, _ = load_examples(find_data(ROOT / "parrot" / "quickstart.jsonl"), tokenizer, 2048, 0.1)
-    steps = QUICKSTART["max_steps"]
-    assert steps < 2 * steps_per_epoch(train, QUICKSTART["batch_size"])
+    steps, peak = steps_per_epoch(train, QUICKSTART["batch_size"]), QUICKSTART["learning_rate"]
     assert (f"{len(train)} examples to train on, {len(held_out)} held out, {steps} steps" in TEXT)
     assert (ROOT / ".github" / "schedule.svg").read_text() == figures.schedule(steps)
-    rates = [learning_rate(step, steps, 2.5e-4, 2.5e-5, 0.1) for step in range(steps)]
-    assert rates.index(max(rates)) == 1 and rates[-1] == pytest.approx(2.5e-5)
+    rates = [learning_rate(step, steps, peak, peak / 10, 0.1) for step in range(steps)]
+    assert rates.index(max(rates)) == 2 and rates[-1] == pytest.approx(peak / 10)
 
 
 def test_the_head_that_looks_for_the_verb():

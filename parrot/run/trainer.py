@@ -149,7 +149,7 @@ class Trainer:
         splits = data.micro_batches(self.indices, examples.lengths, max_examples, self.max_tokens)
         return [self.batch_type.of(examples, split, self.model.device) for split in splits]
 
-    def check(self, loss, grad_norm):
+    def check_and_save(self, loss, grad_norm):
         """Save now and then, if all is finite; else UserError. Interrupted, after a signal."""
         step, status = self.progress.step, self.processes.largest(self.stop.status)
         names = ", ".join(map(self.train_set.source, self.indices))

@@ -29,16 +29,18 @@ def text(x, y, words, anchor="middle", colour="#333"):
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
 
 
-def schedule(steps=20, peak=2.5e-4):
+def schedule(steps=29, peak=2e-4):
     """The learning rate of each step of the quick start."""
+    width = 480 / steps
     rates = [learning_rate(step, steps, peak, peak / 10, 0.1) for step in range(steps)]
     bars = []
     for step, rate in enumerate(rates):
         height = 140 * rate / peak
-        bars.append(f'<rect x="{60 + 24 * step}" y="{170 - height:.1f}" width="20" '
-                    f'height="{height:.1f}" fill="{BLUE}"/>')
-    return svg(560, 205, *bars, text(50, 35, "2.5e-4", "end"), text(50, 170, "0", "end"),
-               text(60, 190, "step 1", "start"), text(536, 190, "step 20", "end"),
+        bars.append(f'<rect x="{60 + width * step:.1f}" y="{170 - height:.1f}" '
+                    f'width="{width - 4:.1f}" height="{height:.1f}" fill="{BLUE}"/>')
+    peak = f"{peak:.0e}".replace("e-0", "e-")
+    return svg(560, 205, *bars, text(50, 35, peak, "end"), text(50, 170, "0", "end"),
+               text(60, 190, "step 1", "start"), text(536, 190, f"step {steps}", "end"),
                text(60, 20, "warmup", "start"), text(300, 20, "half a cosine, to a tenth"))
 
 
