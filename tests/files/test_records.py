@@ -231,7 +231,7 @@ def test_a_line_of_50_megabytes_is_no_conversation(tmp_path):
     replies = ["A", "many words " * 4_700_000]
     records = [json.dumps({"prompt": "Q", "completion": reply}) for reply in replies]
     path.write_text("\n".join(records))
-    with pytest.raises(UserError, match=":2: it has 51,700,001 characters; more than 1,000,000"):
+    with pytest.raises(UserError, match=":2: it has 51,700,001 characters, more than 1,000,000"):
         list(read_conversations(path))
     path.write_bytes(b"x" * 50_000_000)
     with pytest.raises(UserError, match="big.jsonl:1: not JSON"):
