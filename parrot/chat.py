@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 
 from parrot.files import hub, records
-from parrot.files.tokenizer import IM_END, IM_START, Tokenizer
+from parrot.files.tokenizer import IM_END, IM_START, Tokenizer, without_comments
 from parrot.system.command_line import option, parse
 from parrot.system.console import UserError, printable, run_program, say
 
@@ -97,7 +97,7 @@ def default_system(template, folder="the model"):
     if IM_START not in template or IM_END not in template:
         raise UserError(f"{folder}: the chat template is not ChatML (<|im_start|> ... <|im_end|>): "
                         "use another model, or sample.py --format plain to continue a text")
-    template = re.sub("{#.*?#}", "", template, flags=re.DOTALL)
+    template = re.sub(r"['\"] *\+ *['\"]", "", without_comments(template))
     match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
     if re.search(r"system(\\n|\n)", template) and not match:
         raise UserError(f"{folder}: the system turn of its chat template cannot be read: use "

@@ -102,7 +102,7 @@ class SampleConfig(Writing):
     format: str = option("auto", "chat, or continue the text; auto: chat if there is a template",
                          choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")
-    num_samples: int = option(1, "replies to the prompt", at_least=1)
+    num_samples: int = option(1, "replies to the prompt", at_least=1, at_most=10**5)
     seed: int | None = option(None, "same seed, same reply", at_least=0, at_most=2**63 - 1)
 
     def contradictions(self):

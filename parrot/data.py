@@ -69,13 +69,14 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
         number, asked, prompts = len(train), len(train) * val_fraction, len(set(train.hashes))
         mask = is_held_out(train.hashes, val_fraction)
         train, held_out = train.where(~mask), train.where(mask)
-        if not len(train) or len(held_out) < asked / 2:
+        if number and (not len(train) or len(held_out) < asked / 2):
             remarks.append(
                 f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
                 f"{asked:.1f}): there are {prompts} different prompts, and examples with the same "
                 "prompt stay together. Choose another --val-fraction (0: none), or --val-data")
     if not len(train):
-        raise UserError(f"{data.origin['name']}: no example to train on ({'; '.join(remarks)})")
+        reasons = "; ".join(remarks) or "no record"
+        raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
     return train, held_out, remarks
 
 
@@ -90,7 +91,8 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=
         name = cache.key_of(rows.format_of(path), data.hashes[path], start, *recipe)
         make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer,
                        skip_bad, pairs)
-        folder, source = cache.kept(f"data/{name}", make, at_most=256), rows.source_of(path)
+        at_most = 256 + sum(totals.values()) // PART + len(totals)  # and all parts of this run
+        folder, source = cache.kept(f"data/{name}", make, at_most), rows.source_of(path)
         parts.append(examples.read(folder, source, tokenizer.vocab_size))
         for remark, (count, where) in read_json(folder / "notes.json").items():
             counts[remark] += count
@@ -175,10 +177,7 @@ class Batch:
     ribbon: Ribbon
     rows: torch.Tensor  # (S,)
     targets: torch.Tensor  # (S,)
-
-    @property
-    def num_terms(self):  # of the loss: one per target
-        return len(self.targets)
+    num_terms: int  # of the loss: S, one per target
 
     @classmethod
     def of(cls, examples: Examples, indices, device="cpu"):
@@ -190,7 +189,7 @@ class Batch:
         ribbon = Ribbon([len(tokens) for tokens, _ in parts], device)
         arrays = (tokens, rows, tokens[rows + 1])
         tokens, rows, targets = (send(torch.from_numpy(array), device) for array in arrays)
-        return cls(tokens, ribbon, rows, targets)
+        return cls(tokens, ribbon, rows, targets, len(targets))
 
 
 def steps_per_epoch(examples: Examples, batch_size):  # rounded up

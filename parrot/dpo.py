@@ -56,7 +56,7 @@ class PreferenceConfig(Recipe):
     out: str = option("out/preferred", "the run's folder", may_change=True)
     temperature: float = option(0.0, "of self-play's replies; 0: greedy", at_least=0)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
-    epochs: int = option(1, "how often every pair is seen", at_least=1)
+    epochs: int = option(1, "how often every pair is seen", at_least=1, at_most=10**9)
     learning_rate: float = option(5e-6, "the peak", above=0)
     eval_every: int = option(10, "steps between two held-out losses", at_least=1)
 
@@ -83,17 +83,13 @@ class PairBatch(Batch):
     reference: torch.Tensor  # (P,)
     beta: float
 
-    @property
-    def num_terms(self):
-        return len(self.reference)
-
     @classmethod
     def of(cls, pairs: Pairs, indices, device="cpu"):
         rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
         counts = [int(pairs.examples[row][1].sum()) for row in rows]
         reference = send(torch.from_numpy(pairs.reference[indices]), device)
-        return cls(**vars(Batch.of(pairs.examples, rows, device)), counts=counts,
-                   reference=reference, beta=pairs.beta)
+        laid = {**vars(Batch.of(pairs.examples, rows, device)), "num_terms": len(indices)}
+        return cls(**laid, counts=counts, reference=reference, beta=pairs.beta)
 
 
 def preference_margins(model, batch: PairBatch, dtype):
@@ -169,7 +165,8 @@ def self_play(config: PreferenceConfig) -> hub.Found:
         chunk = conversations[start:start + AT_ONCE]
         recipe = [name, seed, chunk, config.temperature, *weights.hashes.values()]
         make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
-        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make) / name)
+        at_most = 1000 + len(conversations) // AT_ONCE  # and all parts of this run
+        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make, at_most) / name)
     pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
     pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
     return pairs

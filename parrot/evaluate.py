@@ -91,16 +91,17 @@ def mean_and_error(losses, counts):
 def loss_table(assistant: Assistant, conversations, config: EvaluateConfig):
     """{category: [mean, standard error, number of examples]}; TOTAL: of all examples."""
     pairs, categories, model = [], [], assistant.model
+    limit = min(config.max_length, model.config.max_position_embeddings)
     for conversation in conversations:
         messages = with_system(conversation.messages, assistant.system)
         tokens, is_target = encode_chat(messages, assistant.tokenizer)
-        if any(is_target) and len(tokens) <= config.max_length:
+        if any(is_target) and len(tokens) <= limit:
             pairs.append((tokens, is_target))
             categories.append(conversation.category)
     if not pairs:
-        raise UserError(f"no held-out example fits --max-length {config.max_length}")
+        raise UserError(f"no held-out example has {limit} tokens or fewer")
     if left_out := len(conversations) - len(pairs):
-        say(f"{left_out} held-out examples left out: longer than --max-length {config.max_length}")
+        say(f"{left_out} held-out examples left out: longer than {limit} tokens")
     counts, sums = np.array([sum(is_target) for _, is_target in pairs]), np.zeros(len(pairs))
     batches = held_out_batches(Examples.of(pairs), 640, model.device, "held-out loss")
     for indices, batch in batches:  # of at most 640 tokens

@@ -71,6 +71,8 @@ TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im
 
 @pytest.mark.parametrize("template, system", [
     ("{{ '<|im_start|>system\\nYou are kind.\\nYou are brief.<|im_end|>\\n' }}", "You are kind.\nYou are brief."),
+    ("{{ '<|im_start|>' + 'system\\n' + 'Be kind.<|im_end|>\\n' }}", "Be kind."),
+    ("{#" * 100_000 + TURN, None),
     ("{# <|im_start|>system\\nA comment.<|im_end|> #}" + TURN, None), (TURN, None)])
 def test_the_system_turn_of_a_template(template, system):
     assert default_system(template) == system
@@ -78,8 +80,7 @@ def test_the_system_turn_of_a_template(template, system):
 
 @pytest.mark.parametrize("template", [
     '{{ "<|im_start|>system\\nYou\'re a kind parrot.<|im_end|>\\n" }}',
-    "{% set mine = 'Be kind.' %}{{ '<|im_start|>system\\n' + mine + '<|im_end|>' }}" + TURN,
-    "{{ '<|im_start|>' + 'system\\n' + 'Be kind.<|im_end|>\\n' }}"])
+    "{% set mine = 'Be kind.' %}{{ '<|im_start|>system\\n' + mine + '<|im_end|>' }}" + TURN])
 def test_a_system_turn_that_cannot_be_read_is_not_left_out(template):
     with pytest.raises(UserError, match="the system turn of its chat template cannot be read"):
         default_system(template)

@@ -43,6 +43,8 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
     (["--resume", "--keep", "no"], "--resume and --keep no"), (["--seed", str(2**64)], "must be at most"),
     (["--epochs", "9" * 400], "must be at most"), (["--batch-size", "9" * 400], "must be at most"),
     (["--out", "instruct"], "--out instruct is the name of a model"),
+    (["--data", "a", "--data", "b"], "name all values after one --data"),
+    (["--ask=a", "--ask", "b"], "name all values after one --ask"),
     (["--val-fraction", "1"], "must be at most 0.9"), (["--nonsense"], "unrecognized arguments")])
 def test_wrong_settings_end_with_status_2_and_a_word(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:

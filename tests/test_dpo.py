@@ -132,7 +132,7 @@ def test_what_is_no_pair(record, fault):
 
 
 def test_a_bad_pair_is_named_by_its_line(records_file):
-    path = records_file([*some_pairs(1), {"prompt": "Q", "chosen": "A", "rejected": "A"}])
+    path = records_file([*some_pairs(1), {"prompt": "Q", "chosen": "A", "rejected": " A\n"}])
     with pytest.raises(UserError, match=":2: chosen and rejected are equal, or answer different prompts .--skip-bad-records"):
         list(read_conversations(path, pairs=True))
 

@@ -54,6 +54,7 @@ class Found:
 
 def find_weights(name: str) -> Found:
     """A name that --weights takes -> the files of a model folder."""
+    refuse("--weights or --model", {"is an empty name": not name})
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown ~user
     origin = {"name": name, "from": "a folder"}
     if name == "instruct-q4":
@@ -67,6 +68,7 @@ def find_weights(name: str) -> Found:
         path, origin = _from_hub(name, "model")
     files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
     refuse(path, {
+        "is a file: name the folder that it lies in": path.is_file(),
         "is an adapter: merge it into its model first, with peft's merge_and_unload()":
             path / "adapter_config.json" in files,
         "has no model.safetensors: convert pickles (.bin, .pt), ONNX or several files with "
@@ -85,6 +87,7 @@ def find_data(name, split="train", of=None) -> Found:
             return found[0]
         origin = {"name": " ".join(Path(one).name for one in name), "from": "several files"}
         return Found([file for data in found for file in data.files], origin)
+    refuse("--data", {"is an empty name": not name})
     path = QUICKSTART_DATA if name == "quickstart" else Path(os.path.expanduser(name))
     origin = {"name": str(name), "from": "this machine"}
     matches = [path] if path.exists() else sorted(map(Path, glob(str(path))))  # of a pattern
@@ -96,6 +99,7 @@ def find_data(name, split="train", of=None) -> Found:
             return find_data(*match.groups())
         path, origin = _from_hub(str(name), "dataset", split)
     files = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+    files = [file for file in files if not re.search(r"(^|/)\.", file)]  # .ipynb_checkpoints
     return Found([path / file for file in shards(name, files, split)], origin)
 
 

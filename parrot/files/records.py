@@ -50,7 +50,9 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=
             continue
         try:
             unused = set()
-            record = json.loads(row.decode("utf-8")) if isinstance(row, bytes) else row
+            record = row
+            if isinstance(row, bytes):
+                record = json.loads(row.decode("utf-8"), object_pairs_hook=rows.to_dict)
             versions = to_pair(record, unused) if pairs else [to_messages(record, unused)]
         except (UserError, ValueError, RecursionError) as error:
             is_parsed = isinstance(error, UserError)
@@ -80,8 +82,11 @@ def to_messages(record, unused: set | None = None) -> list[dict]:
         messages = _turns({"role": "system", "content": system}, key, unused) + messages
     _take(rest, "category")
     unused.update(rest)
+    marks = record if isinstance(record, dict) else {}
     length = sum(len(message["content"]) for message in messages)
     refuse("it has", {
+        "label false or weight 0, so it is not to be learned":
+            marks.get("label") is False or marks.get("weight") == 0,
         "no reply to learn from": not any(map(is_learned, messages)),
         f"{length:,} characters, more than {MAX_CHARACTERS:,}": length > MAX_CHARACTERS})
     return messages
@@ -97,7 +102,8 @@ def to_pair(record, unused: set):
         *earlier, last = to_messages({**rest, "response": record[key]}, unused)
         refuse(key, {"does not end with a reply to learn from": not is_learned(last)})
         pair.append([*_only_read(earlier), last])
-    if pair[0][:-1] != pair[1][:-1] or pair[0] == pair[1]:
+    replies = {messages[-1]["content"].strip() for messages in pair}
+    if pair[0][:-1] != pair[1][:-1] or len(replies) < 2:
         raise UserError("chosen and rejected are equal, or answer different prompts")
     shown = {message["content"].strip() for message in pair[0]}
     unused -= {key for key in SHAPES["prompt"] if str(rest.get(key)).strip() in shown}
@@ -142,8 +148,8 @@ def _turns(value, where, unused, role="user"):
     if isinstance(value, str) and where in SHAPES["turns"] + SHAPES["history"]:
         raise UserError(f"{where} is {value!r:.40}, expected a list of turns")
     if isinstance(value, list):
-        if where in SHAPES["reply"] and any(isinstance(turn, str) for turn in value):
-            raise UserError(f"{where} is a list of texts: which of them is the reply?")
+        if where in TEXTS and any(isinstance(turn, str) for turn in value):
+            raise UserError(f"{where} is a list of texts: join them, or give turns with roles")
         turns = zip(count(1), value, cycle(("user", "assistant")))
         return [message for number, turn, role in turns
                 for message in _turns(turn, f"turn {number} of {where}", unused, role)]

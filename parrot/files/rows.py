@@ -36,17 +36,27 @@ def read_rows(path, start=0, columns=()):
             return
         if kind == ".csv":
             rows = csv.DictReader((line.decode() for line in rows), strict=True)
+            to_dict([(name, None) for name in rows.fieldnames or () if name])
         elif kind == ".json":  # one array of records, or JSON lines
             first = next(filter(bytes.strip, _lines(path)), b"")
-            rows = json.loads(b"".join(rows)) if first.lstrip().startswith(b"[") else rows
+            if first.lstrip().startswith(b"["):
+                rows = json.loads(b"".join(rows), object_pairs_hook=to_dict)
         yield from islice(enumerate(rows, 1), start, None)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except ImportError as error:  # of a Parquet file
         raise UserError(f"{path}: to read it, pip install {error.name}") from None
     except Exception as error:  # whatever a damaged file leads a library to
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
+
+
+def to_dict(pairs):
+    """[(key, value)] -> dict. UserError for a key that stands there twice."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UserError(f"the key {max(names, key=names.count)!r:.60} stands there twice")
+    return dict(pairs)
 
 
 def count_rows(path):
@@ -76,7 +86,7 @@ def _parquet_rows(path, start, columns):
     file = parquet.ParquetFile(open_to_read(path))
     names = [field.name for field in file.schema_arrow if columns is not None
              and (field.name in columns or "string" in str(field.type))
-             and "timestamp" not in str(field.type)]
+             and "timestamp[ns" not in str(field.type)]  # which needs pandas
     for batch in file.iter_batches(1024, columns=names):  # row group by row group
         yield from batch.slice(start).to_pylist()
         start = max(0, start - batch.num_rows)

@@ -87,8 +87,18 @@ def read_chat_template(folder):
     code = re.sub(r"message\.(role|content)", r"message['\1']", code)
     code = re.sub(r"\|trim|'\+'", "", re.sub("[ ()]", "", code))
     turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
-    is_ours = turn in code and "'<|im_start|>assistant\n'" in code and "bos_token" not in code
+    code = re.sub(r"\s*\{([{%])-", r"{\1", re.sub(r"-([}%])\}\s*", r"\1}", without_comments(code)))
+    system = r"'<\|im_start\|>system\n[^'{}]*<\|im_end\|>\n'"  # the only other text it may write
+    written = rf"\{{\{{({re.escape(turn)}|'<\|im_start\|>assistant\n'|{system})\}}\}}"
+    rest = re.sub(r"\{%[^{}]*%\}\n?", "", re.sub(written, "", code))
+    is_ours = (turn in code and "'<|im_start|>assistant\n'" in code and not rest.strip("\n")
+               and "{%formessageinmessages%}" in code
+               and not re.search("{%set(?!add_generation_prompt)", code))
     refuse(path, {"has a chat template that is not text": not isinstance(template or "", str),
                   "has a chat template whose turns differ from those of chat.py (<|im_start|>role, "
                   "new line, text<|im_end|>, new line)": IM_START in code and not is_ours})
     return template or None
+
+
+def without_comments(template):
+    return "".join(part.partition("{#")[0] for part in template.split("#}"))

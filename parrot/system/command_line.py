@@ -37,6 +37,8 @@ def parse(config_class, argv, description):
             metavar = None if choices else kind.__name__.upper()
             more |= {"type": kind, "choices": choices, "metavar": metavar}
         parser.add_argument(flag, **more)
+        if "nargs" in more and sum(word.partition("=")[0] == flag for word in argv) > 1:
+            parser.error(f"argument {flag}: name all values after one {flag}")
     args = parser.parse_args(argv)
     if getattr(args, "quickstart", False):  # other defaults, which options beside it still override
         args = parser.parse_args(argv, argparse.Namespace(**config_class.QUICKSTART))

@@ -386,3 +386,29 @@ def test_a_gguf_file_of_ones_own(monkeypatch, tiny_folder, tmp_path):
     first = hub.find_weights(str(tmp_path / "a.gguf")).path
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
     assert hub.find_weights(str(tmp_path / "b.gguf")).path == first and len(calls) == 1
+
+
+@pytest.mark.parametrize("find", [hub.find_data, hub.find_weights])
+def test_an_empty_name_is_not_this_folder(find):
+    with pytest.raises(UserError, match="is an empty name"):
+        find("")
+
+
+def test_the_weights_file_in_place_of_its_folder(tiny_folder):
+    with pytest.raises(UserError, match="is a file: name the folder that it lies in"):
+        hub.find_weights(str(tiny_folder / "model.safetensors"))
+
+
+def test_hidden_copies_are_no_data(tmp_path):
+    for name in ("data.jsonl", ".ipynb_checkpoints/data-checkpoint.jsonl", "._data.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert hub.find_data(str(tmp_path)).files == [tmp_path / "data.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(name, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer: fetch the file with git lfs pull"):
+        assistant.load_parts(folder)

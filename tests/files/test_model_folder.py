@@ -243,7 +243,7 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})
     torch.save({NAME: torch.zeros(1)}, folder / "pytorch_model.bin")
     command = f"cycler.__init__.__globals__.os.system('touch {folder / 'poisoned'}')"
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ " + command + " }}")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{% if " + command + " %}{% endif %}")
     monkeypatch.setattr(pickle, "Unpickler", None), monkeypatch.setattr(torch, "load", None)
     opened = []
 

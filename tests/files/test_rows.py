@@ -78,6 +78,23 @@ def test_parquet_with_columns_that_are_not_needed(column, tmp_path):
     assert messages_in(tmp_path / "data.parquet") == [to_messages(record) for record in RECORDS]
 
 
+def test_parquet_turns_that_hold_a_time(tmp_path):
+    turns = [{"role": role, "content": text, "timestamp": datetime(2020, 1, 1)} for role, text in (("user", "Q"), ("assistant", "A"))]
+    written = messages_in(write_parquet(tmp_path / "turns.parquet", [{"conversation": turns}]))
+    assert [[message["content"] for message in messages] for messages in written] == [["Q", "A"]]
+
+
+@pytest.mark.parametrize("text, fault", [("instruction,response,response\nQ,A,B\n", "'response' stands there twice"),
+                                         ("instruction,response,,\nQ,A,,\n", None)])
+def test_csv_columns_of_one_name(text, fault, tmp_path):
+    (tmp_path / "data.csv").write_text(text)
+    if fault:
+        with pytest.raises(UserError, match=fault):
+            messages_in(tmp_path / "data.csv")
+    else:
+        assert len(messages_in(tmp_path / "data.csv")) == 1
+
+
 def test_parquet_of_turns_and_of_dictionaries(tmp_path):
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     assert messages_in(write_parquet(tmp_path / "turns.parquet", [{"messages": turns}] * 3)) == [turns] * 3

@@ -134,7 +134,9 @@ SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'
 
 @pytest.mark.parametrize("template", [
     CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
-    SMOLLM2.replace("message['content']", "(message['content']|trim)"), "[INST] {{ x }} [/INST]"])
+    SMOLLM2.replace("message['content']", "(message['content']|trim)"), 
+    "{# ours #}{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + SMOLLM2,
+    SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), "[INST] {{ x }} [/INST]"])
 def test_templates_that_are_taken(template, tiny_folder, tmp_path):
     """The last one is no ChatML: sample.py can still continue texts."""
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
@@ -145,7 +147,11 @@ def test_templates_that_are_taken(template, tiny_folder, tmp_path):
 @pytest.mark.parametrize("template", [
     "{{ bos_token }}" + SMOLLM2, SMOLLM2.replace("'<|im_start|>' +", "bos_token + '<|im_start|>' +"),
     SMOLLM2.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'"), SMOLLM2.replace("assistant\\n", "assistant"),
-    SMOLLM2.replace("message['role'] + '\\n'", "message['role'] + '<|im_sep|>'"), ["named"]])
+    SMOLLM2.replace("message['role'] + '\\n'", "message['role'] + '<|im_sep|>'"), ["named"],
+    "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': 'Hm.'}] + messages %}{% endif %}" + SMOLLM2,
+    "{% set loop_messages = more + messages %}" + SMOLLM2.replace("in messages %}", "in loop_messages %}"),
+    SMOLLM2.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
+    SMOLLM2.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>\\n' }}"), "Hm. " + SMOLLM2, "{{ eos_token }}" + SMOLLM2])
 def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
