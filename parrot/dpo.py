@@ -159,6 +159,8 @@ def self_play(config: PreferenceConfig) -> hub.Found:
                      if [message["role"] for message in messages] == ["user", "assistant"]
                      and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)
                      ][:config.max_examples]
+    if bad:
+        say(f"{len(bad)} bad records are left out (the first: {bad[0][0]}, {bad[0][1]})")
     say(f"self-play with {len(conversations)} of {len(every)} records: one question, one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
         name, seed = f"pairs-{start:07d}.jsonl", config.seed + start

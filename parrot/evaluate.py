@@ -195,6 +195,8 @@ def main():
     bad = [] if config.skip_bad_records else None
     conversations = [item for path in data.files for item in read_conversations(path, bad)
                      if is_held_out(prompt_hash(item.messages), config.val_fraction)]
+    if bad:
+        say(f"{len(bad)} bad records are left out (the first: {bad[0][0]}, {bad[0][1]})")
     if not conversations:
         raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out nothing")
     models = {name: hub.find_weights(name) for name in config.models}

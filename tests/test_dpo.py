@@ -250,3 +250,10 @@ def test_pairs_or_self_play_but_not_both(capsys):
         with pytest.raises(SystemExit):
             parse(PreferenceConfig, argv, "")
     assert "name either --data or --self-play" in capsys.readouterr().err
+
+
+def test_self_play_tells_of_bad_records(config, records_file, capsys):
+    records = records_file(some_records(4))
+    records.write_text("not json\n" + records.read_text())
+    dpo.self_play(config(data=None, self_play=str(records), skip_bad_records=True, max_length=512))
+    assert "1 bad records are left out (the first: 1, not JSON" in capsys.readouterr().err

@@ -237,7 +237,8 @@ def test_records_that_are_bad_or_of_odd_categories(run, tiny_folder, records_fil
     run.data.write_text(path.read_text() + "not json\n")
     status, _, err = run(tiny_folder)
     assert status == 1 and "records.jsonl:41: not JSON" in err
-    status, out, _ = run(tiny_folder, "--skip-bad-records", "--json")
+    status, out, err = run(tiny_folder, "--skip-bad-records", "--json")
+    assert "1 bad records are left out (the first: 41, not JSON" in err
     loss = json.loads(out)[0]["loss"]
     assert status == 0 and set(loss) == {"", "all"} and loss[""][2] == len(held_out(records))
     assert loss["all"][2] == len([r for r in held_out(records) if r["category"]])
