@@ -83,15 +83,15 @@ def read_chat_template(folder):
     else:
         path = folder / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.is_file() else None
-    code = str(template or "").replace("\\n", "\n").replace('"', "'")
-    code = re.sub(r"message\.(role|content)", r"message['\1']", code)
+    code = without_comments(str(template or "")).removesuffix("\n").replace("\\n", "\n")
+    code = re.sub(r"message\.(role|content)", r"message['\1']", code.replace('"', "'"))
     code = re.sub(r"\|trim|'\+'", "", re.sub("[ ()]", "", code))
     turn = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'"
-    code = re.sub(r"\s*\{([{%])-", r"{\1", re.sub(r"-([}%])\}\s*", r"\1}", without_comments(code)))
+    code = re.sub(r"\s*\{([{%])-", r"{\1", re.sub(r"-([}%])\}\s*", r"\1}", code))
     system = r"'<\|im_start\|>system\n[^'{}]*<\|im_end\|>\n'"  # the only other text it may write
     written = rf"\{{\{{({re.escape(turn)}|'<\|im_start\|>assistant\n'|{system})\}}\}}"
-    rest = re.sub(r"\{%[^{}]*%\}\n?", "", re.sub(written, "", code))
-    is_ours = (turn in code and "'<|im_start|>assistant\n'" in code and not rest.strip("\n")
+    rest = re.sub(written, "", re.sub(r"\{%[^{}]*%\}\n?", "", code))
+    is_ours = (turn in code and "'<|im_start|>assistant\n'" in code and not rest
                and "{%formessageinmessages%}" in code
                and not re.search("{%set(?!add_generation_prompt)", code))
     refuse(path, {"has a chat template that is not text": not isinstance(template or "", str),

@@ -136,7 +136,7 @@ SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'
     CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
     SMOLLM2.replace("message['content']", "(message['content']|trim)"), 
     "{# ours #}{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + SMOLLM2,
-    SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), "[INST] {{ x }} [/INST]"])
+    SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), SMOLLM2.replace("{%", "\n{%-").lstrip() + "\n", "[INST] {{ x }} [/INST]"])
 def test_templates_that_are_taken(template, tiny_folder, tmp_path):
     """The last one is no ChatML: sample.py can still continue texts."""
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
@@ -151,7 +151,7 @@ def test_templates_that_are_taken(template, tiny_folder, tmp_path):
     "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': 'Hm.'}] + messages %}{% endif %}" + SMOLLM2,
     "{% set loop_messages = more + messages %}" + SMOLLM2.replace("in messages %}", "in loop_messages %}"),
     SMOLLM2.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
-    SMOLLM2.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>\\n' }}"), "Hm. " + SMOLLM2, "{{ eos_token }}" + SMOLLM2])
+    SMOLLM2.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>\\n' }}"), "Hm. " + SMOLLM2, SMOLLM2.replace("{% endfor", "\n{% endfor"), "{{ eos_token }}" + SMOLLM2])
 def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
