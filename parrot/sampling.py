@@ -134,10 +134,7 @@ def logits_after(model, cache, tokens, running):
 
 
 def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, show=None, **settings):
-    """`generate` to the end -> [(tokens, whether it ended by itself)], one for each reply.
-
-    show: called with the tokens of all replies so far, after each step.
-    """
+    """`generate` to the end -> [(tokens, whether it ended)]. `show` gets all tokens, each step."""
     room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
     tokens = [[] for _ in range(len(prompts) * samples_each)]
     for chosen in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
