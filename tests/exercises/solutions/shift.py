@@ -19,4 +19,4 @@ def of(cls, examples, indices, device="cpu"):
     targets = tokens[rows + 1]
     ribbon = Ribbon([len(tokens) for tokens, _ in parts], device)
     tokens, rows, targets = (torch.from_numpy(array) for array in (tokens, rows, targets))
-    return cls(tokens, ribbon, rows, targets)
+    return cls(tokens, ribbon, rows, targets, len(targets))
