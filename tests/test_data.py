@@ -29,7 +29,7 @@ from parrot.system.console import UserError
 USER, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
-@pytest.mark.parametrize("content, fault", [("", "no example to train on"), ("\n\n", "no example to train on")])
+@pytest.mark.parametrize("content, fault", [("", "no example to train on .no record."), ("\n\n", "no example to train on .no record.")])
 def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
@@ -151,6 +151,15 @@ def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_to
     for i, record in enumerate(some_records(20)):
         assert train[i][0].tolist() == encode_chat(to_messages(record), tiny_tokenizer)[0]
         assert train.source(i) == f"{path}:{i + 1}"
+
+
+def test_a_run_of_many_parts_keeps_them_all(records_file, tiny_tokenizer, monkeypatch):
+    """The cache deletes its oldest parts, but none of the run that is going on."""
+    monkeypatch.setattr(data, "PART", 1)
+    limits, kept = [], data.cache.kept
+    monkeypatch.setattr(data.cache, "kept", lambda name, make, at_most: limits.append(at_most) or kept(name, make, at_most))
+    load_examples(find_data(records_file(some_records(7))), tiny_tokenizer, 1000, 0.0)
+    assert limits == [256 + 7 + 1] * 7
 
 
 def test_data_that_changes_while_it_is_read_is_not_kept(records_file, tiny_tokenizer, monkeypatch):

@@ -316,3 +316,10 @@ def test_examples_that_are_too_long_are_told(config, tiny, capsys):
         evaluate.loss_table(tiny, conversations[1:], config)
     assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
     assert "1 held-out examples left out: longer than" in capsys.readouterr().err
+
+
+def test_examples_beyond_the_models_context_are_left_out(config, tiny, capsys):
+    conversations = [Conversation([{"role": "assistant", "content": "0 " * count}], "") for count in (5, 5000)]
+    assert config.max_length > tiny.model.config.max_position_embeddings
+    assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
+    assert f"longer than {tiny.model.config.max_position_embeddings} tokens" in capsys.readouterr().err
