@@ -19,7 +19,8 @@ def token_losses(model: Llama, batch: Batch, dtype):
     To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152. So at a
     mean loss of 2.72 the model is as unsure as among e^2.72 = 15 tokens, its perplexity.
 
-    >>> loss = F.cross_entropy(logits := torch.zeros(1, 4, requires_grad=True), torch.tensor([2]))
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> loss = F.cross_entropy(logits, torch.tensor([2]))
     >>> loss.item(), torch.autograd.grad(loss, logits)[0].tolist()  # p, and p - 1 at the target
     (1.3862943649291992, [[0.25, 0.25, -0.75, 0.25]])
 

@@ -134,7 +134,7 @@ SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'
 
 @pytest.mark.parametrize("template", [
     CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
-    SMOLLM2.replace("message['content']", "(message['content']|trim)"), 
+    SMOLLM2.replace("message['content']", "(message['content']|trim)"),
     "{# ours #}{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + SMOLLM2,
     SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), SMOLLM2.replace("{%", "\n{%-").lstrip() + "\n", "[INST] {{ x }} [/INST]"])
 def test_templates_that_are_taken(template, tiny_folder, tmp_path):
