@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 from parrot import fast
 from parrot.assistant import Assistant
 from parrot.config import SampleConfig
 from parrot.fast.packed import keeps_bfloat16
 from parrot.files import hub
-from parrot.sampling import replies
+from parrot.sampling import generate
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, refuse, run_program, say, side_by_side
 from parrot.system.device import pick
@@ -70,34 +71,26 @@ def load(name, config: SampleConfig) -> Assistant:
 
 def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
     """Write --num-samples replies; returns their text. stream: show one as it is written."""
-    shown, decode = "", assistant.tokenizer.decode
+    tokenizer, decoder = assistant.tokenizer, DecodeStream(skip_special_tokens=True)
 
-    def show_more(written):
-        nonlocal shown
-        shown = show(decode(written[0]), shown)
+    def show(written):  # what the newest token adds; half a character has to wait
+        text = decoder.step(tokenizer.backend, written[0][-1])
+        print(printable(text or ""), end="", flush=True)
     generator = torch.Generator()
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    written = replies(
+    written = generate(
         assistant.model, [assistant.prompt(messages)], assistant.stop, generator=generator,
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
         repetition_penalty=config.repetition_penalty, samples_each=config.num_samples,
-        show=show_more if stream else None)
-    texts = [decode(tokens) for tokens, _ in written]
+        show=show if stream else None)
     if stream:
-        print(printable(texts[0][len(shown):]), flush=True)
+        print(flush=True)
     if cut := [len(tokens) for tokens, ended in written if not ended]:
         say(f"[{assistant.name}: cut after {cut[0]} tokens]")
+    texts = [tokenizer.decode(tokens) for tokens, _ in written]
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
-
-
-def show(text, shown):
-    """Print what of `text` was not shown yet -> what is shown now. Half a character has to wait."""
-    if text.endswith("\N{REPLACEMENT CHARACTER}"):
-        return shown
-    print(printable(text[len(shown):]), end="", flush=True)
-    return text
 
 
 def chat(assistant: Assistant, config: SampleConfig):

@@ -17,8 +17,7 @@ import math
 import torch
 
 from parrot import fast
-from parrot.fast.cached import FastStep
-from parrot.fast.ribbon import FastAttention
+from parrot.fast.ribbon import FastAttention, attention_by_torch
 from parrot.system.device import send
 
 
@@ -104,6 +103,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        self.is_cuda = self.filled.device.type == "cuda"
 
     def write(self, layer, index, k, v):  # k, v (N, K, D); index: sequences, all heads, positions
         self.keys[layer][index] = k.to(self.keys.dtype)
@@ -123,7 +123,7 @@ class KVCache:
         """The layout of the next token of every sequence."""
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
-        return FastStep(self, positions) if fast.enabled else Step(self, positions)
+        return Step(self, positions)
 
 
 class Prefill(Ribbon):
@@ -146,13 +146,18 @@ class Step:
     def __init__(self, cache: KVCache, positions):
         self.cache, self.positions = cache, positions
         rows = torch.arange(len(positions), device=positions.device)
-        places = torch.arange(cache.keys.shape[3], device=positions.device)  # (T,)
         self.index = (rows, slice(None), positions)
+        # What is empty need not be read; but a GPU would have to wait for the largest position.
+        self.T = cache.keys.shape[3] if cache.is_cuda else int(positions.max()) + 1
+        places = torch.arange(self.T, device=positions.device)
         self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
         self.cache.write(layer, self.index, k, v)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
-        q_rows = q[:, :, None].to(keys.dtype)  # (B, H, 1, D)
-        return attention(q_rows, keys, values, self.visible)[:, :, 0].to(q.dtype)
+        keys = self.cache.keys[layer, :, :, :self.T]  # (B, K, T, D)
+        values = self.cache.values[layer, :, :, :self.T]
+        # Query heads that share a key head: as queries of one head, so that nothing is repeated.
+        q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
+        attend = attention_by_torch if fast.enabled else attention  # fast/ribbon.py
+        return attend(q_by_key_head, keys, values, self.visible).flatten(1, 2).to(q.dtype)

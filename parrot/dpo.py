@@ -34,7 +34,7 @@ from parrot.files.cache import kept, key_of, source_hash
 from parrot.files.examples import Examples
 from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
-from parrot.sampling import replies
+from parrot.sampling import generate
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program, say
 from parrot.system.device import pick_device, send
@@ -127,25 +127,17 @@ class PreferenceTrainer(Trainer):
     def find_data(self):
         return super().find_data() if self.config.data else self_play(self.config)
 
+    @torch.no_grad()
     def load_data(self):
-        """Pairs to train on, held-out Pairs, remarks; the reference's margins are cached."""
+        """Pairs to train on, held-out Pairs, remarks; the model is still the reference."""
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
-            hashes = [list(found.hashes.values()) for found in self.sources.values()]
-            key = key_of(self.dtype, SOURCES, hashes, pairs.index.tolist())
-            folder = kept(f"reference/{key}", partial(self._refer, pairs))
-            pairs.reference = np.load(folder / "reference.npy")
+            for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
+                                                   "reference", batch_type=PairBatch):
+                margins = preference_margins(self.model, batch, self.dtype)
+                pairs.reference[indices] = margins.cpu().numpy()
         return *sets, notes
-
-    @torch.no_grad()
-    def _refer(self, pairs: Pairs, folder):
-        """Write the margins of the reference; before training, the model is the reference."""
-        for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
-                                               "reference", batch_type=PairBatch):
-            margins = preference_margins(self.model, batch, self.dtype)
-            pairs.reference[indices] = margins.cpu().numpy()
-        np.save(folder / "reference.npy", pairs.reference)
 
 
 def self_play(config: PreferenceConfig) -> hub.Found:
@@ -177,8 +169,8 @@ def self_play(config: PreferenceConfig) -> hub.Found:
 def write_pairs(name, conversations, assistant: Assistant, temperature, seed, folder):
     """Pairs of which the data's reply is chosen, and one of the model's is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
-    samples = replies(assistant.model, prompts, assistant.stop, temperature=temperature,
-                      generator=torch.Generator().manual_seed(seed), **SAMPLING)
+    samples = generate(assistant.model, prompts, assistant.stop, temperature=temperature,
+                       generator=torch.Generator().manual_seed(seed), **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)

@@ -27,7 +27,7 @@ from parrot.files.examples import Examples
 from parrot.files.records import is_learned, read_conversations
 from parrot.run import report
 from parrot.run.folder import public_name
-from parrot.sampling import replies
+from parrot.sampling import generate
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
 from parrot.system.device import pick
@@ -119,7 +119,7 @@ def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, 
     """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
     written, generator = [], torch.Generator().manual_seed(config.seed)
     for start in tqdm(range(0, len(prompts), config.batch_size), title, leave=False):
-        written += replies(
+        written += generate(
             assistant.model, prompts[start:start + config.batch_size], assistant.stop,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=config.top_p,
             repetition_penalty=config.repetition_penalty, generator=generator)

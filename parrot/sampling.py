@@ -7,7 +7,6 @@ import torch
 
 from parrot import fast
 from parrot.attention import KVCache
-from parrot.fast.cached import cache_dtype
 from parrot.fast.captured import CapturedStep
 from parrot.fast.nucleus import likeliest
 from parrot.system.console import UserError
@@ -82,18 +81,23 @@ def choose(logits, temperature, top_p, numbers):
 
 @torch.inference_mode()
 def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, generator=None,
-             repetition_penalty=1.0, samples_each=1):
-    """Write replies to several prompts at once, one token per reply at a time.
+             repetition_penalty=1.0, samples_each=1, show=None):
+    """Write replies to several prompts at once -> [(ids, whether it ended by itself)].
 
     prompts: lists of ids; stop: ids that end a reply; generator: on the CPU, so that a seed means
-    the same on every device. Yields a list with an id for each reply, None for those that have
-    ended. The penalty is on the reply alone: an answer may quote the question.
+    the same on every device; show: called with the ids of all replies after each token. The
+    penalty is on the reply alone: an answer may quote the question. UserError for a long prompt.
     """
-    room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest >= context:
+        raise UserError(f"the prompt has {longest} tokens; the model's context holds {context}, "
+                        "reply included. Shorten the prompt.")
+    room = min(context - longest, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
     is_captured = fast.enabled and model.device.type == "cuda"  # fast/captured.py
     next_logits = CapturedStep() if is_captured else logits_after
     B = len(logits)
+    replies = [[] for _ in range(B)]
     written = torch.empty(B, room, dtype=torch.long, device=model.device)
     alive = torch.arange(B, device=model.device)  # (R,) the replies that have not ended
     for count in range(room):
@@ -104,19 +108,22 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
 
         running = [i for i, token in enumerate(tokens.tolist()) if token not in stop]
         if not running:
-            return
+            break
         alive, tokens = alive[running], tokens[running]
         written[alive, count] = tokens
-        chosen = dict(zip(alive.tolist(), tokens.tolist(), strict=True))
-        yield [chosen.get(reply) for reply in range(B)]
+        for reply, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+            replies[reply].append(token)
+        if show:
+            show(replies)
         if count < room - 1:
             logits = next_logits(model, cache, tokens, running)
+    return [(reply, len(reply) < room) for reply in replies]
 
 
 def read_prompts(model, prompts, room, samples_each):
     """Prompts, each read once -> a KVCache with `room` for more, and the next logits (B, V)."""
     lengths, device = [len(prompt) for prompt in prompts], model.device
-    dtype = cache_dtype(model) if fast.enabled else model.dtype  # fast/cached.py
+    dtype = getattr(model, "cache_dtype", model.dtype)  # fast/packed.py has one
     cache = KVCache(model.config, len(prompts), max(lengths) + room, dtype, device)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
     hidden_states = model(tokens, cache.prefill(lengths))  # (N, C)
@@ -131,26 +138,3 @@ def logits_after(model, cache, tokens, running):
     if len(running) < len(cache.filled):
         cache.select(running)
     return model.logits(model(tokens, cache.step()))
-
-
-def replies(model, prompts, stop, *, max_new_tokens, samples_each=1, show=None, **settings):
-    """`generate` to the end -> [(tokens, whether it ended)]. `show` gets all tokens, each step."""
-    room = room_after([len(prompt) for prompt in prompts], model.config, max_new_tokens)
-    tokens = [[] for _ in range(len(prompts) * samples_each)]
-    for chosen in generate(model, prompts, stop, max_new_tokens=max_new_tokens,
-                           samples_each=samples_each, **settings):
-        for reply, token in zip(tokens, chosen, strict=True):
-            if token is not None:
-                reply.append(token)
-        if show:
-            show(tokens)
-    return [(reply, len(reply) < room) for reply in tokens]
-
-
-def room_after(lengths, config, max_new_tokens):
-    """How many tokens may follow the longest prompt. UserError if it fills the context."""
-    left = config.max_position_embeddings - max(lengths)
-    if left < 1:
-        raise UserError(f"the prompt has {max(lengths)} tokens; the model's context holds "
-                        f"{config.max_position_embeddings}, reply included. Shorten the prompt.")
-    return min(left, max_new_tokens)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parrot import attention, fast, sampling
 from parrot.attention import Ribbon
-from parrot.fast import cached, compiling, nucleus, ribbon, tiles
+from parrot.fast import compiling, nucleus, ribbon
 from parrot.system.console import run_program
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -55,7 +55,7 @@ def test_speed_prints_the_whole_table(arguments, monkeypatch, capsys):
 
 def test_flop_are_those_that_torch_counts(monkeypatch):
     """Documents of one token, where attention is next to nothing, and half of the rows targets."""
-    monkeypatch.setattr(fast, "enabled", False)  # tiles do more than has to be done
+    monkeypatch.setattr(fast, "enabled", False)
     model = tiny_model()
     with FlopCounterMode(display=False) as counter:
         rows = model(torch.arange(40), Ribbon([1] * 40))[::2]
@@ -89,10 +89,9 @@ def test_medians_leave_out_the_first(monkeypatch):
 
 NAMES = {  # speed-up -> what is in its place when it is on
     "ribbon attention": (attention, "FastAttention", ribbon.FastAttention),
-    "recomputed MLP": (compiling, "recompute", compiling.recompute),
     "training graphs": (compiling, "CapturedForward", compiling.CapturedForward),
     "compile": (compiling, "compile_blocks", compiling.compile_blocks),
-    "cached step": (attention, "FastStep", cached.FastStep),
+    "step by torch's attention": (attention, "attention_by_torch", ribbon.attention_by_torch),
     "captured step": (sampling, "CapturedStep", sampling.CapturedStep),
     "nucleus": (sampling, "likeliest", nucleus.likeliest),
     "packed": (tricks.assistant, "pack", tricks.assistant.pack)}
@@ -110,9 +109,9 @@ def test_only_these_speed_ups_are_on(speed_ups):
         assert getattr(module, attribute) is function
 
 
-@pytest.mark.parametrize("num_speed_ups", range(4))
+@pytest.mark.parametrize("num_speed_ups", range(3))
 def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypatch):
-    """On a CPU: plain, + attention in tiles, + the recomputed MLP, + compile (which is only called)."""
+    """On a CPU: plain, + attention by torch's own kernel, + compile (which is only called)."""
     calls = set()
     compile_blocks = mock.create_autospec(compiling.compile_blocks)  # it would take too long
     monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
@@ -122,11 +121,11 @@ def test_a_row_of_training_runs_what_it_says(num_speed_ups, arguments, monkeypat
             calls.add(name)
             return function(*args)
         return call
-    monkeypatch.setattr(tiles, "Tiles", watched("Tiles", tiles.Tiles))
+    monkeypatch.setattr(attention, "FastAttention", watched("FastAttention", ribbon.FastAttention))
     args = tricks.parser().parse_args(arguments("--steps", "1", "--batch-size", "4")[1:])
     assert tricks.run_row("training, tokens/s", num_speed_ups, args) > 0
     assert len(calls) == min(num_speed_ups, 1)
-    assert compile_blocks.called == (num_speed_ups == 3)
+    assert compile_blocks.called == (num_speed_ups == 2)
 
 
 @pytest.mark.parametrize("title", ["one greedy reply, tokens/s", "16 sampled replies, tokens/s"])
@@ -138,12 +137,12 @@ def test_every_row_of_writing_runs(title, arguments):
 
 def test_tricks_prints_its_table_row_by_row(arguments, monkeypatch, capsys):
     """With real children."""
-    monkeypatch.setitem(tricks.ROWS, "one greedy reply, tokens/s", ["cached step"])
+    monkeypatch.setitem(tricks.ROWS, "one greedy reply, tokens/s", ["step by torch's attention"])
     monkeypatch.setattr("sys.argv", arguments("--rounds", "1", "--tokens", "3", "--only", "greedy"))
     tricks.main()
     heading, *rows = capsys.readouterr().out.splitlines()[2:]
     assert heading.startswith("one greedy reply, tokens/s") and "/ row before" in heading
-    assert [row[:36].strip() for row in rows] == ["plain", "+ cached step"]
+    assert [row[:36].strip() for row in rows] == ["plain", "+ step by torch's attention"]
     median, lowest, highest, ratio, gigabytes = map(float, rows[1][36:].split())
     assert median == lowest == highest > 0 and ratio > 0 and 0.1 < gigabytes < 10
 

@@ -57,8 +57,8 @@ def test_the_same_prompt_and_the_same_greedy_reply(python, folder):
     prompt, tokens, settings = ask(python, GREEDY, folder, json.dumps(QUESTION))
     ours = assistant.Assistant.load("", folder, torch.float32, torch.device("cpu"), "chat")
     assert prompt == ours.prompt(QUESTION)
-    from parrot.sampling import replies
-    [(reply, _)] = replies(ours.model, [prompt], ours.stop, max_new_tokens=24, temperature=0, top_p=1)
+    from parrot.sampling import generate
+    [(reply, _)] = generate(ours.model, [prompt], ours.stop, max_new_tokens=24, temperature=0, top_p=1)
     assert tokens[len(prompt):][:len(reply)] == reply
     assert settings == {"do_sample": True, "temperature": SampleConfig().temperature, "top_p": SampleConfig().top_p}
 

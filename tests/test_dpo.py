@@ -205,8 +205,8 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
         if len(sampled) == 2:
             raise KeyboardInterrupt
         return original(model, prompts, *args, **kwargs)
-    original = dpo.replies
-    monkeypatch.setattr(dpo, "replies", counted)
+    original = dpo.generate
+    monkeypatch.setattr(dpo, "generate", counted)
     c = config(data=None, self_play=str(data), max_steps=2, max_length=512)
     with pytest.raises(KeyboardInterrupt):
         run(c)

@@ -43,7 +43,7 @@ class FakeGpu(FakeTensorMode):
 
 
 class Autocast(TorchFunctionMode):
-    def __init__(self, device_type, dtype, enabled=True, cache_enabled=False):
+    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=False):
         super().__init__()
         self.dtype, self.enabled = dtype, enabled
 

@@ -104,9 +104,9 @@ PROMPT = [5, 6, 7, 8]
 
 def run(prompts=(PROMPT,), stop=(), seed=0, **options):
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, **options}
-    steps = list(generate(tiny_model(), [list(p) for p in prompts], stop,
-                          generator=torch.Generator().manual_seed(seed), **options))
-    return [[token for token in column if token is not None] for column in zip(*steps)]
+    replies = generate(tiny_model(), [list(p) for p in prompts], stop,
+                       generator=torch.Generator().manual_seed(seed), **options)
+    return [reply for reply, _ in replies]
 
 
 def test_the_same_seed_gives_the_same_reply_and_another_another():
@@ -150,8 +150,10 @@ def test_several_prompts_at_once_get_the_replies_they_get_alone():
 
 def test_one_row_by_another_product_leaves_the_setting_as_it_was():
     before = torch.backends.mkldnn.enabled
-    generator = generate(tiny_model(), [PROMPT], set(), max_new_tokens=3, temperature=0, top_p=1)
-    assert [torch.backends.mkldnn.enabled for _ in generator] == [before] * 3
+    seen = []
+    generate(tiny_model(), [PROMPT], set(), max_new_tokens=3, temperature=0, top_p=1,
+             show=lambda replies: seen.append(torch.backends.mkldnn.enabled))
+    assert seen == [before] * 3
 
 
 def test_several_samples_differ_and_are_as_many_as_asked():

@@ -140,6 +140,6 @@ def test_the_cache(both_ways):
     """Count what the model reads: a prompt of 15 tokens, then all of the reply but the last."""
     tiny, read = tiny_model(), []
     tiny.register_forward_pre_hook(lambda module, inputs: read.append(len(inputs[0])))
-    reply = list(generate(tiny, [[5] * 15], set(), max_new_tokens=24, temperature=0, top_p=1))
+    [(reply, _)] = generate(tiny, [[5] * 15], set(), max_new_tokens=24, temperature=0, top_p=1)
     assert len(reply) == 24 and sum(read) == 15 + 23 == 38
     assert "15 + 23 = 38" in TEXT and f"15 + 16 + ... + 38 = {sum(range(15, 39))}" in TEXT

@@ -8,8 +8,7 @@ Held equal by tests/fast/test_compiling.py.
 import torch
 
 from parrot.fast.captured import CapturedForward
-from parrot.fast.recomputed import recompute
-from parrot.fast.tiles import Tiles
+from parrot.fast.ribbon import FastAttention
 from parrot.system.console import UserError, say
 from parrot.system.device import autocast
 
@@ -21,8 +20,6 @@ def speed_up(model, choice, dtype, ribbon, longest, num_tokens):
     is_compiled = compile_blocks(model, choice, dtype, ribbon, num_tokens)
     if ribbon.fast.has_kernel(dtype, model.config.head_dim):
         model.forward = CapturedForward(model, longest)
-    elif not is_compiled:  # which chooses for itself what to compute again
-        recompute(model)
     return is_compiled
 
 
@@ -34,7 +31,8 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
     """
     if choice == "off" or (choice == "auto" and num_tokens < EARNED_BACK[model.device.type]):
         return False
-    Tiles.attend = torch.compiler.disable(Tiles.attend)  # not at import: it takes a second
+    if not ribbon.fast.has_kernel(dtype, model.config.head_dim):  # a loop over documents
+        FastAttention.attend = torch.compiler.disable(FastAttention.attend)
     for block in model.model.layers:
         block.forward = _compiled_in_training(block.forward)
     try:

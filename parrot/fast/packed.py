@@ -12,7 +12,6 @@ import platform
 import torch
 import torch.nn.functional as F
 
-from parrot.fast.cached import cache_dtype
 from parrot.system.device import multiplies_bfloat16
 
 
@@ -64,7 +63,9 @@ class PackedLlama:
     def __init__(self, model, many=True):
         self.config, self.device = model.config, model.device
         is_slow = model.device.type == "cpu" and not multiplies_bfloat16(model.device)
-        self.dtype, self.cache_dtype = torch.float32 if is_slow else model.dtype, cache_dtype(model)
+        self.dtype = torch.float32 if is_slow else model.dtype
+        # On a CPU small products, as with the cache, take half as long in float32.
+        self.cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self.embed_tokens, self.norm = model.model.embed_tokens, model.model.norm
         self.blocks = [PackedBlock(block, many) for block in model.model.layers]
         self.lm_head = PackedLinear(model.lm_head.weight, many=many)

@@ -17,7 +17,7 @@ from parrot.config import REPETITION_PENALTY, TrainConfig
 from parrot.fast.compiling import speed_up
 from parrot.files import hub, model_folder
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
-from parrot.sampling import replies
+from parrot.sampling import generate
 from parrot.system.console import Interrupted, StopSignal, UserError, say
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 from parrot.system.distributed import Processes
@@ -129,7 +129,7 @@ class Trainer:
         questions = [*QUESTIONS, *(self.config.ask or ())]
         prompts = [[{"role": "user", "content": question}] for question in questions]
         prompts += islice(data.short_questions(self.val_set, self.tokenizer), 3)
-        written = replies(
+        written = generate(
             assistant.model, [assistant.prompt(messages) for messages in prompts], assistant.stop,
             max_new_tokens=48, temperature=0, top_p=1, repetition_penalty=REPETITION_PENALTY)
         answers = []

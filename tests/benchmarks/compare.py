@@ -111,10 +111,9 @@ def write_ours(num_tokens, samples=1):
     assistant = Assistant.load("", weights_folder(), dtype, device, many=many)
     prompt = assistant.prompt(MESSAGES)
     started = time.perf_counter()
-    steps = generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,
-                     temperature=0 if samples == 1 else 0.7, samples_each=samples)
-    num_steps = sum(1 for _ in steps)
-    return samples * num_steps / (time.perf_counter() - started)
+    replies = generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,
+                       temperature=0 if samples == 1 else 0.7, samples_each=samples)
+    return sum(len(reply) for reply, _ in replies) / (time.perf_counter() - started)
 
 
 def write_transformers(num_tokens):

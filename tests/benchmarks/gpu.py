@@ -121,8 +121,8 @@ def check_packed(folder, packed, tokens, device):
 def check_replay(model):
     """Greedy replies from the captured graph beside those of single steps."""
     def replies():
-        return list(sampling.generate(model, [[5, 6, 7], [8, 9, 10, 11]], set(), top_p=1,
-                                      max_new_tokens=30, temperature=0))
+        return sampling.generate(model, [[5, 6, 7], [8, 9, 10, 11]], set(), top_p=1,
+                                 max_new_tokens=30, temperature=0)
     replayed = replies()
     with mock.patch.object(sampling, "CapturedStep", lambda: sampling.logits_after):
         is_same = replayed == replies()

@@ -101,9 +101,9 @@ def write(assistant: Assistant, samples, num_tokens=64):
     """Tokens per second of so many replies at once; reading the prompt does not count."""
     prompt = list(range(20, 60))
     times = []
-    for _ in generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,
-                      temperature=0.7 if samples > 1 else 0, samples_each=samples):
-        times.append(time.perf_counter())
+    generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,
+             temperature=0.7 if samples > 1 else 0, samples_each=samples,
+             show=lambda replies: times.append(time.perf_counter()))
     durations = [after - before for before, after in zip(times, times[1:], strict=False)]
     return samples / statistics.median(durations)
 

@@ -35,12 +35,11 @@ from parrot.files import hub
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 
 ROWS = {  # table -> the speed-ups, in the order in which they are added
-    "training, tokens/s": ["ribbon attention", "recomputed MLP", "training graphs",
-                           "compile"],
-    "one greedy reply, tokens/s": ["cached step", "captured step", "packed"],
-    "16 sampled replies, tokens/s": ["cached step", "captured step", "nucleus", "packed"]}
-ONLY_ON = {"nucleus": "cpu", "recomputed MLP": "cpu", "captured step": "cuda",
-           "training graphs": "cuda"}
+    "training, tokens/s": ["ribbon attention", "training graphs", "compile"],
+    "one greedy reply, tokens/s": ["step by torch's attention", "captured step", "packed"],
+    "16 sampled replies, tokens/s": ["step by torch's attention", "captured step", "nucleus",
+                                     "packed"]}
+ONLY_ON = {"nucleus": "cpu", "captured step": "cuda", "training graphs": "cuda"}
 
 
 def nothing(*_, **__):
@@ -49,11 +48,9 @@ def nothing(*_, **__):
 
 PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, name, plain form
     "ribbon attention": [(attention, "FastAttention", nothing)],  # then Ribbon takes the formula
-    "recomputed MLP": [(compiling, "recompute", nothing)],
     "training graphs": [(compiling, "CapturedForward", lambda model, longest: model.forward)],
     "compile": [(compiling, "compile_blocks", nothing)],
-    "cached step": [(attention, "FastStep", attention.Step),
-                    (sampling, "cache_dtype", lambda model: model.dtype)],
+    "step by torch's attention": [(attention, "attention_by_torch", attention.attention)],
     "captured step": [(sampling, "CapturedStep", lambda: sampling.logits_after)],
     "nucleus": [(sampling, "likeliest", nothing)],  # then `ordered` sorts
     "packed": [(assistant, "pack", lambda model, many: model)]}

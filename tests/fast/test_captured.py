@@ -5,10 +5,11 @@ import replayed
 import torch
 from conftest import tiny_model
 
-from parrot import attention, fast, sampling
+from parrot import attention, sampling
 from parrot.attention import KVCache, Ribbon
 from parrot.fast.captured import CapturedForward, CapturedStep
 
+FIXED = property(lambda cache: True, lambda cache, value: None)  # the shape of a step, as on a GPU
 PROMPTS = [[[3]], [[5, 6, 7]], [[5, 6, 7], [8, 9, 10, 11, 12]]]
 
 
@@ -26,8 +27,8 @@ def greedy(model, prompts, next_logits, steps=10):
 
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_the_graph_writes_what_step_by_step_writes(prompts, monkeypatch):
-    """With the plain step, whose shapes are fixed, as the fast one's are on a GPU."""
-    monkeypatch.setattr(fast, "enabled", False)
+    """With steps of a fixed shape, as they are on a GPU."""
+    monkeypatch.setattr(KVCache, "is_cuda", FIXED, raising=False)
     for seed in range(3):
         model = tiny_model(seed=seed)
         with torch.inference_mode(), replayed.graphs():
@@ -40,7 +41,7 @@ def test_a_cache_that_is_replaced_instead_of_written_is_seen(monkeypatch):
             layout = super().step()
             self.filled = self.filled.clone()
             return layout
-    monkeypatch.setattr(fast, "enabled", False)
+    monkeypatch.setattr(KVCache, "is_cuda", FIXED, raising=False)
     monkeypatch.setattr(sampling, "KVCache", Replaced)
     with torch.inference_mode(), replayed.graphs():
         models = [tiny_model(seed=seed) for seed in range(5)]
@@ -49,7 +50,7 @@ def test_a_cache_that_is_replaced_instead_of_written_is_seen(monkeypatch):
 
 
 def test_a_wait_while_recording_is_refused():
-    """The fast step of a CPU asks for the longest sequence, which a graph cannot."""
+    """The step of a CPU asks for the longest sequence, which a graph cannot."""
     with torch.inference_mode(), replayed.graphs(), pytest.raises(RuntimeError, match="capturing"):
         greedy(tiny_model(), [[5, 6, 7], [8]], CapturedStep())
 
@@ -105,7 +106,7 @@ def test_the_same_replies_on_a_gpu(monkeypatch):
     model = tiny_model().cuda().bfloat16()
 
     def replies():
-        return list(sampling.generate(model, PROMPTS[2], set(), max_new_tokens=30, temperature=0, top_p=1))
+        return sampling.generate(model, PROMPTS[2], set(), max_new_tokens=30, temperature=0, top_p=1)
     captured = replies()
     monkeypatch.setattr(sampling, "CapturedStep", lambda: sampling.logits_after)
     assert replies() == captured

@@ -5,9 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import tiny_model
 
-from parrot.attention import Ribbon
-from parrot.fast import ribbon, tiles
+from parrot import fast
+from parrot.attention import KVCache, Ribbon
+from parrot.fast import ribbon
 
 
 def brute_force(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
@@ -57,11 +59,19 @@ def test_no_old_gpu(monkeypatch):
         assert (ribbon.FastAttention([3, 2], "cuda").seams is not None) == has
 
 
-@pytest.mark.parametrize("lengths", [[50, 10], [1], [3, 1, 7]])
-def test_a_document_too_long_for_tiles_goes_another_way(lengths, monkeypatch):
-    q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (6, 2, 2))
-    expected = Ribbon(lengths).attend(0, q, k, v)
-    monkeypatch.setattr(tiles, "MAX_LENGTH", 0)
-    other = Ribbon(lengths)
-    assert other.fast.tiles is None
-    assert torch.allclose(other.attend(0, q, k, v), expected, atol=1e-5)
+@pytest.mark.parametrize("lengths", [[3, 9], [6, 6], [1]])
+def test_a_step_looks_at_the_cache_as_the_formula_does(lengths, monkeypatch):
+    model, tokens = tiny_model(), torch.arange(sum(lengths)) * 5 % 320
+    caches = [KVCache(model.config, len(lengths), 40) for _ in range(2)]
+    caches[1].values += 1e3  # what lies beyond the new tokens must not matter
+    with torch.inference_mode():
+        for cache in caches:
+            model(tokens, cache.prefill(lengths))
+        for step in range(5):
+            new = torch.arange(len(lengths)) * 7 * step % 320
+            hidden_states = []
+            for cache, enabled in zip(caches, (False, True), strict=True):
+                monkeypatch.setattr(fast, "enabled", enabled)
+                hidden_states.append(model(new, cache.step()))
+            assert torch.allclose(*hidden_states, atol=1e-5)
+    assert caches[0].filled.tolist() == caches[1].filled.tolist() == [n + 5 for n in lengths]

@@ -59,8 +59,7 @@ def test_a_saved_folder_generates_the_same_in_transformers(q4_folder, tmp_path):
     stop = stop_tokens(saved_tokenizer, chats=True)
     assert stop == {0, 2}
     prompt = inputs["input_ids"][0].tolist()
-    steps = generate(saved, [prompt], stop, max_new_tokens=40, temperature=0, top_p=1)
-    ours = [tokens[0] for tokens in steps]
+    [(ours, _)] = generate(saved, [prompt], stop, max_new_tokens=40, temperature=0, top_p=1)
     assert ours == [token for token in theirs.tolist() if token not in stop]
     assert "Rome" in saved_tokenizer.decode(ours)
 
@@ -255,7 +254,7 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
     system = default_system(tokenizer.chat_template)
     prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, system)
     stop = stop_tokens(tokenizer, chats=True)
-    list(generate(model, [prompt], stop, max_new_tokens=3, temperature=1, top_p=1))
+    generate(model, [prompt], stop, max_new_tokens=3, temperature=1, top_p=1)
     assert not (folder / "poisoned").exists()
     assert not any(path.endswith((".py", ".bin")) and str(folder) in path for path in opened)
     opened = None

@@ -1,8 +1,8 @@
 """The cache: a new token looks at the past. A copy of parrot/attention.py, Step.attend.
 
 `self` is a Step: its `cache` has keys and values (layers, B, K, T, D) and `write`; its `index` is
-where the new keys and values belong; its `visible` (B, 1, 1, T) is True at the sequence's past and
-at the new token itself. Two lines are missing: the one that stores, and what the query may see.
+where the new keys and values belong, its `T` how many positions to read; its `visible` (B, 1, 1, T)
+is True at the sequence's past and at the new token itself. Two lines are missing: the one that stores, and what the query may see.
 """
 
 from parrot.attention import attention
@@ -11,7 +11,8 @@ from parrot.attention import attention
 def attend(self, layer, q, k, v):
     """Each new token looks at its own sequence's past and at itself."""
     self.cache.write(layer, self.index, k, v)
-    keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, K, T, D)
-    q_rows = q[:, :, None].to(keys.dtype)  # (B, H, 1, D)
-    y = attention(q_rows, keys, values, self.visible)
-    return y[:, :, 0].to(q.dtype)
+    keys = self.cache.keys[layer, :, :, :self.T]  # (B, K, T, D)
+    values = self.cache.values[layer, :, :, :self.T]
+    q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
+    y = attention(q_by_key_head, keys, values, self.visible)
+    return y.flatten(1, 2).to(q.dtype)
