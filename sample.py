@@ -33,15 +33,13 @@ def main():
     if config.compare:
         texts = [f"{name}\n\n{reply(load(name, config), question, config)}"
                  for name in config.compare]
-        print(side_by_side(list(map(printable, texts)), shutil.get_terminal_size().columns))
-        return
+        return print(side_by_side(map(printable, texts), shutil.get_terminal_size().columns))
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
-        chat(assistant, config)
-    elif config.num_samples > 1:
-        print(printable(reply(assistant, question, config)))
-    else:
-        reply(assistant, question, config, stream=True)
+        return chat(assistant, config)
+    text = reply(assistant, question, config, stream=config.num_samples == 1)
+    if config.num_samples > 1:
+        print(printable(text))
 
 
 def newest_run():
@@ -63,8 +61,7 @@ def load(name, config: SampleConfig) -> Assistant:
     folder = hub.find_weights(name).path
     assistant = Assistant.load(name, folder, dtype, device, config.format, many)
     if config.system is not None:
-        fault = "has no chat template, so it reads no --system: see --format chat"
-        refuse(name, {fault: not assistant.chats})
+        refuse(name, {"has no chat template, so no --system: see --format": not assistant.chats})
         assistant.system = config.system
     return assistant
 

@@ -18,7 +18,6 @@ import torch
 
 from parrot import fast
 from parrot.fast.ribbon import FastAttention, attention_by_torch
-from parrot.system.device import send
 
 
 def attention(q, k, v, visible):
@@ -66,13 +65,17 @@ class Ribbon:
     tensor([0, 1, 2, 0, 1])
     """
 
-    def __init__(self, lengths: list[int], device="cpu"):
-        self.lengths = lengths
-        self.positions = send(torch.cat([torch.arange(n) for n in lengths]), device)  # (N,)
+    def __init__(self, lengths: list[int], device="cpu", cache: KVCache | None = None):
+        self.lengths, self.cache = lengths, cache
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
+        self.index = rows.to(device), slice(None), self.positions  # of the tokens, in the cache
         self.fast = FastAttention(lengths, device) if fast.enabled else None  # fast/ribbon.py
 
     def attend(self, layer, q, k, v):
-        """Causal attention inside each document; never across a seam."""
+        """Causal attention inside each document; never across a seam. Prompts fill the `cache`."""
+        if self.cache:
+            self.cache.write(layer, self.index, k, v)
         if self.fast:
             return self.fast.attend(q, k, v)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first: (heads, N, D)
@@ -109,10 +112,10 @@ class KVCache:
         self.keys[layer][index] = k.to(self.keys.dtype)
         self.values[layer][index] = v.to(self.values.dtype)
 
-    def prefill(self, lengths: list[int]) -> Prefill:
+    def prefill(self, lengths: list[int]) -> Ribbon:
         """The ribbon of the B prompts, which writes into this cache as it attends."""
         self.filled = torch.tensor(lengths, device=self.keys.device)
-        return Prefill(self, lengths)
+        return Ribbon(lengths, self.keys.device, self)
 
     def select(self, rows):
         """Keep these sequences (B', indices) in this order: some of them, or one several times."""
@@ -124,20 +127,6 @@ class KVCache:
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
         return Step(self, positions)
-
-
-class Prefill(Ribbon):
-    """The prompts, as a ribbon that fills the cache."""
-
-    def __init__(self, cache: KVCache, lengths: list[int]):
-        device = cache.keys.device
-        super().__init__(lengths, device)
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.cache, self.index = cache, (rows.to(device), slice(None), self.positions)
-
-    def attend(self, layer, q, k, v):
-        self.cache.write(layer, self.index, k, v)
-        return super().attend(layer, q, k, v)
 
 
 class Step:

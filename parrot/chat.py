@@ -9,15 +9,16 @@ r"""A conversation -> tokens, and which of them are targets: what the model is t
 A reply's end is always a target, so the model learns to stop. See it: python -m parrot.chat FILE
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from itertools import groupby, islice
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from parrot.files import hub, records
-from parrot.files.tokenizer import IM_END, IM_START, Tokenizer, without_comments
+from parrot.files.tokenizer import IM_END, IM_START, Tokenizer
 from parrot.system.command_line import option, parse
-from parrot.system.console import UserError, printable, run_program, say
+from parrot.system.console import printable, refuse, run_program, say
 
 # For a trained folder, so that other software builds exactly our tokens. Texts are trimmed: white
 # space before a reply would merge with the "\n".
@@ -80,29 +81,39 @@ def with_system(messages, system):
     return [{"role": "system", "content": system}, *messages]
 
 
+def prompt_pieces(messages, system=None):
+    """The pieces of a prompt: messages, led by `system`, up to where the reply begins."""
+    return [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
+
+
 def encode_prompt(messages, tokenizer: Tokenizer, system=None):
-    """Messages, led by `system` -> the tokens of the prompt, up to where the reply begins."""
-    pieces = pieces_of(with_system(messages, system))
-    pieces += [(IM_START, False), ("assistant\n", False)]
-    return encode_pieces([pieces], tokenizer)[0][0]
+    """Messages, led by `system` -> the tokens of the prompt."""
+    return encode_pieces([prompt_pieces(messages, system)], tokenizer)[0][0]
 
 
 def default_system(template, folder="the model"):
-    r"""The system turn that a ChatML template adds where there is none, or None.
+    """The system turn that a chat template adds where there is none, or None.
 
-    It is read from the text: running a downloaded template would be running a program.
-    >>> default_system("{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}")
-    'You are kind.'
+    UserError if it does not write our turns. It is played in the sandbox, as in transformers.
     """
-    if IM_START not in template or IM_END not in template:
-        raise UserError(f"{folder}: the chat template is not ChatML (<|im_start|> ... <|im_end|>): "
-                        "use another model, or sample.py --format plain to continue a text")
-    template = re.sub(r"['\"] *\+ *['\"]", "", without_comments(template))
-    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", template)
-    if re.search(r"system(\\n|\n)", template) and not match:
-        raise UserError(f"{folder}: the system turn of its chat template cannot be read: use "
-                        "another model, or sample.py --format plain to continue a text")
-    return match and match[1].replace("\\n", "\n")
+    turns = [{"role": role, "content": f"{role}: KIND, 'x' < {{1}}\n\n\té."}
+             for role in ("user", "assistant", "user", "assistant", "user")]
+    trials = turns[:1], turns, [{**turns[0], "role": "system"}, *turns]
+    try:
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        played = [jinja.from_string(template).render(
+            messages=messages, add_generation_prompt=True, bos_token="<bos>", eos_token="<eos>")
+            for messages in trials]
+        _, found, rest = played[0].partition(f"{IM_START}system\n")
+        system = rest.partition(IM_END)[0] if found else None
+        is_ours = played == ["".join(text for text, _ in prompt_pieces(messages, system))
+                             for messages in trials]
+    except Exception:  # whatever somebody else's program stumbles over
+        is_ours = False
+    refuse(folder, {"has a chat template that does not write the turns of chat.py (<|im_start|>role"
+                    " and a text<|im_end|>, a line each): use another model, or sample.py --format "
+                    "plain to continue a text": not is_ours})
+    return system
 
 
 def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):

@@ -67,8 +67,6 @@ class Recipe(Machine):
     def contradictions(self):
         """{what does not fit together: whether it is so}"""
         return {
-            f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size "
-            f"{self.batch_size}": (self.micro_batch_size or 1) > self.batch_size,
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,
             "--resume and --keep no: what it learned would be lost":

@@ -8,7 +8,7 @@ have a target. Every choice is a pure function of records and seed. Read `Batch`
 import hashlib
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, pieces_of
+from parrot.chat import encode_pieces, pieces_of, with_system
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
 from parrot.files.hub import Found
 from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError, printable
-from parrot.system.device import send
 from parrot.system.disk import read_json, sha256_of, write_json
 
 # If this code changes, cached tokens are stale: its hash is part of the cache's key.
@@ -80,54 +79,57 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
     return train, held_out, remarks
 
 
-def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs, max_examples=None):
-    """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached."""
+def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_examples=None,
+              system=None):
+    """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached.
+
+    system: the system turn of a conversation that has none.
+    """
     versions = 2 if pairs else 1  # of a conversation
     most = (max_examples or math.inf) * versions
-    recipe = [hashlib.sha256(tokenizer.content).hexdigest(), skip_bad, pairs, PART, CODE]
-    parts, counts, places = [], Counter(), defaultdict(list)
+    recipe = [skip_bad, pairs, system]
+    key = [hashlib.sha256(tokenizer.content).hexdigest(), PART, CODE, *recipe]
+    parts, places = [], defaultdict(list)
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
-        name = cache.key_of(rows.format_of(path), data.hashes[path], start, *recipe)
-        make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer,
-                       skip_bad, pairs)
-        at_most = 256 + sum(totals.values()) // PART + len(totals)  # and all parts of this run
-        folder, source = cache.kept(f"data/{name}", make, at_most), rows.source_of(path)
-        parts.append(examples.read(folder, source, tokenizer.vocab_size))
-        for remark, (count, where) in read_json(folder / "notes.json").items():
-            counts[remark] += count
+        name = cache.key_of(rows.format_of(path), data.hashes[path], start, *key)
+        make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer, *recipe)
+        folder, source = cache.kept(f"data/{name}", make), rows.source_of(path)
+        parts.append(Examples.load(folder, source))
+        for remark, where in read_json(folder / "notes.json").items():
             places[remark] += [f"{source}{place}" for place in where]
         if sum(map(len, parts)) >= most:
             break
-    remarks = [f"{count} {remark} ({', '.join(places[remark][:3])}{' ...' if count > 3 else ''})"
-               for remark, count in counts.items()]
+    remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' if len(where) > 3 else ''})"
+               for remark, where in places.items()]
     joined = Examples.joined(parts)
     joined = joined.where(np.arange(len(joined)) < most)
     longest = joined.lengths.reshape(-1, versions).max(axis=1).repeat(versions)  # of a pair
     if too_long := int((longest > max_length).sum()) // versions:
-        remarks.append(f"{too_long} examples left out: longer than --max-length {max_length}")
+        remarks.append(f"{too_long} examples left out: longer than {max_length} tokens")
     return joined.where(longest <= max_length), remarks
 
 
-def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, folder):
-    """Tokenise the PART records from `start` on into `folder`; notes.json holds the remarks."""
-    bad, places = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
+def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, system, folder):
+    """Tokenise the PART records from `start` on into `folder`; notes.json has {remark: places}."""
+    bad, notes = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
     conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
     conversations = iter(tqdm(conversations, printable(f"tokenising {path.name}"), leave=False,
                               initial=start, total=total))
-
-    def encoded():
-        while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
-            batch = encode_pieces([pieces_of(item.messages) for item in chunk], tokenizer)
-            for item, example in zip(chunk, batch, strict=True):
-                yield *example, item.number, prompt_hash(item.messages)
-                for remark in remarks_on(item):
-                    places[remark][item.number] = True
-    examples.write(folder, encoded(), tokenizer.vocab_size)
+    examples, numbers, hashes = [], [], []
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # uint16 for 49,152 tokens
+    while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
+        pieces = [pieces_of(with_system(item.messages, system)) for item in chunk]
+        for item, (tokens, flags) in zip(chunk, encode_pieces(pieces, tokenizer), strict=True):
+            examples.append((np.array(tokens, dtype), np.array(flags)))
+            numbers.append(item.number)
+            hashes.append(prompt_hash(item.messages))
+            for remark in remarks_on(item):
+                notes[remark][item.number] = True
+    Examples.of(examples, numbers, hashes).save(folder)
     if bad:
-        places["bad records are left out"] = {f"{number}: {fault}": True for number, fault in bad}
-    notes = {remark: (len(where), list(where)[:3]) for remark, where in places.items()}
-    write_json(folder / "notes.json", notes)
+        notes["bad records are left out"] = {f"{number}: {fault}": True for number, fault in bad}
+    write_json(folder / "notes.json", {remark: list(where) for remark, where in notes.items()})
     if sha256_of(path) != sha256:
         raise UserError(f"{path} changed while it was read: start again")
 
@@ -144,15 +146,6 @@ def remarks_on(conversation: Conversation):
     texts = "".join(message["content"] for message in conversation.messages)
     if any(name in texts for name in CONTROL):
         yield "records spell a control token, which is read as ordinary text"
-
-
-def short_questions(examples: Examples, tokenizer: Tokenizer):
-    """Yield the short questions among some examples, as messages: [{"role": "user", ...}]."""
-    for i in np.flatnonzero(examples.lengths < 200):
-        text = tokenizer.decode(examples[i][0], with_control=True)
-        turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
-        if [role for role, _ in turns] == ["user", "assistant"]:
-            yield [{"role": "user", "content": turns[0][1]}]
 
 
 # ---- examples -> ribbons
@@ -188,7 +181,7 @@ class Batch:
         rows = np.flatnonzero(np.concatenate([is_target for _, is_target in parts])) - 1
         ribbon = Ribbon([len(tokens) for tokens, _ in parts], device)
         arrays = (tokens, rows, tokens[rows + 1])
-        tokens, rows, targets = (send(torch.from_numpy(array), device) for array in arrays)
+        tokens, rows, targets = (torch.from_numpy(array).to(device) for array in arrays)
         return cls(tokens, ribbon, rows, targets, len(targets))
 
 

@@ -37,7 +37,7 @@ from parrot.run.trainer import Trainer
 from parrot.sampling import generate
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program, say
-from parrot.system.device import pick_device, send
+from parrot.system.device import pick_device
 from parrot.training import held_out_batches, token_losses
 from train import train
 
@@ -87,7 +87,7 @@ class PairBatch(Batch):
     def of(cls, pairs: Pairs, indices, device="cpu"):
         rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
         counts = [int(pairs.examples[row][1].sum()) for row in rows]
-        reference = send(torch.from_numpy(pairs.reference[indices]), device)
+        reference = torch.from_numpy(pairs.reference[indices]).to(device)
         laid = {**vars(Batch.of(pairs.examples, rows, device)), "num_terms": len(indices)}
         return cls(**laid, counts=counts, reference=reference, beta=pairs.beta)
 
@@ -159,8 +159,7 @@ def self_play(config: PreferenceConfig) -> hub.Found:
         chunk = conversations[start:start + AT_ONCE]
         recipe = [name, seed, chunk, config.temperature, *weights.hashes.values()]
         make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
-        at_most = 1000 + len(conversations) // AT_ONCE  # and all parts of this run
-        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make, at_most) / name)
+        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make) / name)
     pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
     pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
     return pairs

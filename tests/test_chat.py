@@ -66,29 +66,38 @@ def test_our_template_has_no_default_system_turn():
     assert default_system(CHAT_TEMPLATE) is None
 
 
-TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-
-
-@pytest.mark.parametrize("template, system", [
-    ("{{ '<|im_start|>system\\nYou are kind.\\nYou are brief.<|im_end|>\\n' }}", "You are kind.\nYou are brief."),
-    ("{{ '<|im_start|>' + 'system\\n' + 'Be kind.<|im_end|>\\n' }}", "Be kind."),
-    ("{#" * 100_000 + TURN, None),
-    ("{# <|im_start|>system\\nA comment.<|im_end|> #}" + TURN, None), (TURN, None)])
-def test_the_system_turn_of_a_template(template, system):
-    assert default_system(template) == system
+SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+           "'<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
+           "message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 
 @pytest.mark.parametrize("template", [
-    '{{ "<|im_start|>system\\nYou\'re a kind parrot.<|im_end|>\\n" }}',
-    "{% set mine = 'Be kind.' %}{{ '<|im_start|>system\\n' + mine + '<|im_end|>' }}" + TURN])
-def test_a_system_turn_that_cannot_be_read_is_not_left_out(template):
-    with pytest.raises(UserError, match="the system turn of its chat template cannot be read"):
-        default_system(template)
+    CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
+    SMOLLM2.replace("message['content']", "(message['content']|trim)"),
+    "{# ours #}{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + SMOLLM2,
+    SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), SMOLLM2.replace("{%", "\n{%-").lstrip(),
+    SMOLLM2.replace("'<|im_start|>system\\nYou are", "'<|im_start|>' + 'system' + '\\n' + 'You are"),
+    "{# <|im_start|>system\\nA comment.<|im_end|> #}" + SMOLLM2, "{% set sentence = 'You are kind.' %}" + SMOLLM2.replace("You are kind.", "' + sentence + '")])
+def test_templates_that_are_taken(template):
+    assert default_system(template) == (None if template == CHAT_TEMPLATE else "You are kind.")
 
 
-def test_other_templates_are_refused():
-    with pytest.raises(UserError, match="not ChatML"):
-        default_system("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}")
+def test_a_system_turn_that_a_program_adds():
+    program = "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': 'Hm.'}] + messages %}{% endif %}"
+    assert default_system(program + SMOLLM2) == "Hm."
+
+
+@pytest.mark.parametrize("template", [
+    "{{ bos_token }}" + SMOLLM2, SMOLLM2.replace("'<|im_start|>' +", "bos_token + '<|im_start|>' +"),
+    SMOLLM2.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'"), SMOLLM2.replace("assistant\\n", "assistant"),
+    SMOLLM2.replace("message['role'] + '\\n'", "message['role'] + '<|im_sep|>'"), "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "{#" * 100_000, "{{" * 50_000, "{{ 'a' * 10 ** 11 }}", "{{ x.y }}", "",
+    "{% set loop_messages = more + messages %}" + SMOLLM2.replace("in messages %}", "in loop_messages %}"),
+    SMOLLM2.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
+    SMOLLM2.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>\\n' }}"), "Hm. " + SMOLLM2, SMOLLM2.replace("{% endfor", "\n{% endfor"), "{{ eos_token }}" + SMOLLM2])
+def test_templates_that_write_otherwise_are_refused(template):
+    with pytest.raises(UserError, match="m has a chat template that does not write the turns of chat.py"):
+        default_system(template, "m")
 
 
 def test_hostile_text_yields_no_control_token(tokenizer):

@@ -35,8 +35,6 @@ def test_the_floor_is_a_tenth_of_the_peak_unless_given():
     (["--learning-rate", "nan"], "nan must be above 0"), (["--learning-rate", "inf"], "inf must be below inf"),
     (["--epochs", "0"], "must be at least 1"),
     (["--epochs", "1.5"], "invalid int value"), (["--device", "tpu"], "invalid choice: 'tpu'"),
-    (["--batch-size", "4", "--micro-batch-size", "8"],
-     "--micro-batch-size 8 is larger than --batch-size 4"),
     (["--learning-rate", "1e-5", "--min-learning-rate", "1e-4"],
      "--min-learning-rate 0.0001 is above"),
     (["--out", "o\udce9x"], "is not UTF-8"),

@@ -20,7 +20,8 @@ from parrot.data import (
     prompt_hash,
     steps_per_epoch,
 )
-from parrot.files import examples, records
+from parrot.files import records
+from parrot.files.examples import Examples
 from parrot.files.hub import find_data
 from parrot.files.records import to_messages
 from parrot.files.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def test_nothing_to_train_on(content, fault, tmp_path, tiny_tokenizer):
 
 def test_every_record_is_too_long(records_file, tiny_tokenizer):
     path = records_file([{"messages": [{"role": "system", "content": "word " * 100}, USER, REPLY]}] * 3)
-    with pytest.raises(UserError, match="no example to train on .3 examples left out: longer than --max-length 50"):
+    with pytest.raises(UserError, match="no example to train on .3 examples left out: longer than 50 tokens"):
         load_examples(find_data(path), tiny_tokenizer, 50, 0.1)
 
 
@@ -91,7 +92,7 @@ def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
     train, _, told = load_examples(find_data(path), tiny_tokenizer, 100, 0.0, skip_bad=True)
     assert len(train) == 1 and train.source(0).endswith(":3")
     assert told[0].startswith(f"1 bad records are left out ({path}:4: its keys with text are none; expected")
-    assert told[1] == "2 examples left out: longer than --max-length 100"
+    assert told[1] == "2 examples left out: longer than 100 tokens"
 
 
 # ---- the cache
@@ -151,16 +152,6 @@ def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_to
     for i, record in enumerate(some_records(20)):
         assert train[i][0].tolist() == encode_chat(to_messages(record), tiny_tokenizer)[0]
         assert train.source(i) == f"{path}:{i + 1}"
-
-
-def test_a_run_of_many_parts_keeps_them_all(records_file, tiny_tokenizer, monkeypatch):
-    """The cache deletes its oldest parts, but none of the run that is going on."""
-    monkeypatch.setattr(data, "PART", 1)
-    found, written, write_part = find_data(records_file(some_records(270))), [], data.write_part
-    monkeypatch.setattr(data, "write_part", lambda *args: written.append(args[2]) or write_part(*args))
-    for _ in range(2):
-        load_examples(found, tiny_tokenizer, 1000, 0.0)
-    assert written == list(range(270))  # by the first run alone
 
 
 def test_data_that_changes_while_it_is_read_is_not_kept(records_file, tiny_tokenizer, monkeypatch):
@@ -236,25 +227,17 @@ def test_remarks_are_counted_over_all_parts(records_file, tiny_tokenizer, monkey
         f"16 records have text under 'x', which is not used ({path}:5, {path}:6, {path}:7 ...)"]
 
 
-def test_short_held_out_questions_are_asked(records_file, tiny_tokenizer):
-    path = records_file([{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "Who?\nYou?", "completion": "I"},
-                         {"prompt": "word " * 300, "completion": "A"}, *some_records(5)])
-    train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
-    asked = list(data.short_questions(train, tiny_tokenizer))
-    assert asked[0] == [{"role": "user", "content": "Who?\nYou?"}] and len(asked) == 6
-    assert asked[1][0]["content"] == "Count to 1.\n\nStart at 1."
-
-
 # ---- the cache's files
 
 TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9)
 
 
-@given(parts=st.lists(st.tuples(TOKENS, st.integers(0, 2**40), st.booleans())), large=st.booleans())
-def test_the_store_gives_back_what_was_written(parts, large, tmp_path_factory):
-    folder, size = tmp_path_factory.mktemp("store"), 2**17 if large else 2**16
-    examples.write(folder, [(tokens, [t % 2 == 0 for t in tokens], number, held) for tokens, number, held in parts], size)
-    everything = examples.read(folder, "x:", size)
+@given(parts=st.lists(st.tuples(TOKENS, st.integers(0, 2**40), st.booleans())))
+def test_the_store_gives_back_what_was_written(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    pairs = [(tokens, [t % 2 == 0 for t in tokens]) for tokens, _, _ in parts]
+    Examples.of(pairs, [number for _, number, _ in parts], [held for *_, held in parts]).save(folder)
+    everything = Examples.load(folder, "x:")
     for side, read in enumerate((everything.where(everything.hashes == 0), everything.where(everything.hashes == 1))):
         written = [(tokens, number) for tokens, number, held in parts if held == side]
         assert [read[i][0].tolist() for i in range(len(read))] == [tokens for tokens, _ in written]

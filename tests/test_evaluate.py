@@ -17,9 +17,9 @@ from parrot.assistant import Assistant
 from parrot.chat import encode_chat
 from parrot.config import EvaluateConfig, TrainConfig
 from parrot.data import Batch, Examples, is_held_out, prompt_hash
-from parrot.files.records import Conversation, read_conversations
-from parrot.system.console import UserError, run_program
-from parrot.system.disk import read_json, sha256_of
+from parrot.files.records import read_conversations
+from parrot.system.console import run_program
+from parrot.system.disk import sha256_of
 from parrot.training import loss_sum, make_optimizer
 
 
@@ -52,7 +52,8 @@ def test_the_mean_weighs_tokens_and_the_error_counts_examples():
     mean, error = evaluate.mean_and_error(np.array([2.0, 10.0]), np.array([1.0, 3.0]))
     assert mean == 3.0  # 12 nats on 4 tokens, not the mean 2.67 of the examples' means
     assert error == pytest.approx(math.sqrt(((2 - 3) ** 2 + (10 - 9) ** 2) * 2) / 4)
-    assert evaluate.mean_and_error(np.array([2.0]), np.array([1.0])) == (2.0, None)
+    mean, error = evaluate.mean_and_error(np.array([2.0]), np.array([1.0]))
+    assert mean == 2.0 and math.isnan(error)
 
 
 def test_the_error_is_that_of_repeated_draws():
@@ -74,27 +75,17 @@ def config(tmp_path, monkeypatch):
                           batch_size=3)
 
 
-def test_the_loss_of_each_category_is_that_of_transformers(config, tiny_folder, records_file):
-    records = some_records(12)
-    for i, record in enumerate(records):
-        record["category"] = "all" if i % 2 else "even"  # a name like any other
-    conversations = list(read_conversations(records_file(records)))
-    tiny = Assistant("tiny", *assistant.load_parts(tiny_folder))
-    table = evaluate.loss_table(tiny, conversations, config)
+def test_the_held_out_loss_is_that_of_transformers(tiny, tiny_folder, records_file):
+    encoded = [encode_chat(item.messages, tiny.tokenizer) for item in read_conversations(records_file(some_records(12)))]
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    sums, counts = {"all": 0, "even": 0}, {"all": 0, "even": 0}
-    for conversation in conversations:
-        tokens, is_target = encode_chat(conversation.messages, tiny.tokenizer)
+    total, count = 0, 0
+    for tokens, is_target in encoded:
         labels = torch.where(torch.tensor(is_target), torch.tensor(tokens), -100)[None]
         with torch.no_grad():
             loss = reference(input_ids=torch.tensor([tokens]), labels=labels).loss.item()
-        sums[conversation.category] += loss * sum(is_target)
-        counts[conversation.category] += sum(is_target)
-    for name in sums:
-        assert table[name][0] == pytest.approx(sums[name] / counts[name], rel=1e-5)
-        assert table[name][2] == 6
-    assert table[""][0] == pytest.approx(sum(sums.values()) / sum(counts.values()), rel=1e-5)
-    assert table[""][2] == 12
+        total += loss * sum(is_target)
+        count += sum(is_target)
+    assert evaluate.held_out_loss(tiny.model, Examples.of(encoded))[0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("stops", [True, False])
@@ -112,12 +103,11 @@ def test_a_model_that_never_learned_to_stop_is_found_out(stops, config, tiny_tok
         optimizer.zero_grad()
     assistant.save(tmp_path / "model", model, tiny_tokenizer, torch.float32)
     trained = Assistant.load("", tmp_path / "model", torch.float32, "cpu")
-    conversations = [Conversation(messages, "here")] * 3
-    greedy = evaluate.reply_table(trained, conversations, config)["greedy"]
-    assert greedy["ended by themselves"] == stops and greedy["prompts"] == 3
+    table = evaluate.reply_table(trained, Examples.of([encode_chat(messages, tiny_tokenizer)] * 3), config)
+    assert table["greedy, ended by themselves"] == stops and table["greedy, prompts"] == 3
     if stops:
-        assert greedy["length / reference"] == greedy["ROUGE-L"] == 1
-        assert greedy["repeated 4-grams"] == 0
+        assert table["greedy, length / reference"] == table["greedy, ROUGE-L"] == 1
+        assert table["greedy, repeated 4-grams"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -125,21 +115,32 @@ def tiny(tiny_folder):
     return Assistant.load("tiny", tiny_folder, torch.float32, "cpu")
 
 
+def encoded(tiny, *conversations):
+    """Examples of (question, reply, what follows)."""
+    roles = ("user", "assistant", "user", "assistant")
+    return Examples.of([encode_chat([{"role": role, "content": text} for role, text in zip(roles, texts)], tiny.tokenizer)
+                        for texts in conversations])
+
+
 def test_prompts_that_do_not_fit_are_told(config, tiny, capsys):
     """The context holds 512 tokens."""
-    conversations = []
-    for content in ("Q", "1" * 600, "Q", None):  # the last one begins with a reply
-        question = [{"role": "user", "content": content}] if content else []
-        messages = [*question, {"role": "assistant", "content": "A"}]
-        conversations.append(Conversation(messages, "here"))
-    table = evaluate.reply_table(tiny, conversations, config)
-    assert table["greedy"]["prompts"] == table["sampled"]["prompts"] == 2
+    examples = encoded(tiny, ("Q", "A"), ("1" * 600, "A"), ("Q", "A"))
+    table = evaluate.reply_table(tiny, examples, config)
+    assert table["greedy, prompts"] == table["sampled, prompts"] == 2
     assert "1 prompts left out: no room for --max-new-tokens 8" in capsys.readouterr().err
     config.max_new_tokens = 10**12
-    assert evaluate.reply_table(tiny, conversations, config) == {}
+    assert evaluate.reply_table(tiny, examples, config) == {}
     assert "3 prompts left out" in capsys.readouterr().err
     config.max_prompts = 0
-    assert evaluate.reply_table(tiny, conversations, config) == {}
+    assert evaluate.reply_table(tiny, examples, config) == {}
+
+
+def test_prompt_and_reference_are_those_of_the_first_reply(config, tiny, monkeypatch):
+    asked, compared = [], []
+    monkeypatch.setattr(evaluate, "write_replies", lambda assistant, prompts, *_: asked.extend(prompts) or ([[5, 6]], [True]))
+    monkeypatch.setattr(evaluate, "rouge_l", lambda reply, reference: compared.append(reference) or 1.0)
+    evaluate.reply_table(tiny, encoded(tiny, ("What?", "A b c", "And?", "No")), config)
+    assert asked == [tiny.prompt([{"role": "user", "content": "What?"}])] * 2 and compared == ["A b c"] * 2
 
 
 def test_questions_have_answers():
@@ -183,13 +184,13 @@ def test_models_side_by_side(run, tiny_folder, tiny_tokenizer, tmp_path):
     other = tmp_path / "other"
     assistant.save(other, tiny_model(seed=5), tiny_tokenizer, torch.float32)
     status, table, _ = run(tiny_folder, other)
-    assert status == 0 and table.splitlines()[0].split() == [str(tiny_folder), str(other)]
-    for words in ("held-out loss, open_qa", "of 118", "sampled, repeated 4-grams"):
+    assert status == 0 and table.splitlines()[0].split() == ["model", str(tiny_folder), str(other)]
+    for words in ("held-out loss", "of 118", "sampled, repeated 4-grams"):
         assert words in table
     results = json.loads(run(tiny_folder, other, "--json")[1])
     assert [result["model"] for result in results] == [str(tiny_folder), str(other)]
     count = len(held_out(some_records(40)))
-    assert results[0]["loss"][""][2] == count
+    assert results[0]["held-out examples"] == count
     assert [line.split() for line in table.splitlines()[1:3]] == [
         ["data", *[run.data.name] * 2], ["held-out", "examples", *[str(count)] * 2]]
 
@@ -207,14 +208,14 @@ def test_without_the_speed_ups(run, tiny_folder):
     fast_results = json.loads(run(tiny_folder, "--json")[1])[0]
     results = json.loads(run(tiny_folder, "--json", "--plain")[1])[0]
     assert not fast.enabled
-    assert results["loss"][""][0] == pytest.approx(fast_results["loss"][""][0], rel=1e-5)
+    assert results["held-out loss"][0] == pytest.approx(fast_results["held-out loss"][0], rel=1e-5)
 
 
 def test_a_base_model_is_asked_in_the_chat_format(run, tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     (base / "tokenizer_config.json").unlink()
     base, tiny = json.loads(run(base, tiny_folder, "--json")[1])
-    assert base["loss"][""][0] == pytest.approx(tiny["loss"][""][0], rel=1e-3)
+    assert base["held-out loss"][0] == pytest.approx(tiny["held-out loss"][0], rel=1e-3)
 
 
 @pytest.mark.parametrize("fraction, val_data, warned", [  # run() holds out 0.3
@@ -229,36 +230,23 @@ def test_a_run_that_was_trained_on_what_it_is_measured_on(
     assert warned in told and ("held out only" in told) == bool(warned)
 
 
-def test_records_that_are_bad_or_of_odd_categories(run, tiny_folder, records_file):
-    records = some_records(40)
-    for i, record in enumerate(records):
-        record["category"] = "all" if i % 5 else None
-    path = records_file(records)
-    run.data.write_text(path.read_text() + "not json\n")
+def test_bad_records_are_told(run, tiny_folder):
+    run.data.write_text(run.data.read_text() + "not json\n")
     status, _, err = run(tiny_folder)
     assert status == 1 and "records.jsonl:41: not JSON" in err
     status, out, err = run(tiny_folder, "--skip-bad-records", "--json")
-    assert "1 bad records are left out (the first: 41, not JSON" in err
-    loss = json.loads(out)[0]["loss"]
-    assert status == 0 and set(loss) == {"", "all"} and loss[""][2] == len(held_out(records))
-    assert loss["all"][2] == len([r for r in held_out(records) if r["category"]])
-    table = run(tiny_folder, "--skip-bad-records")[1]
-    titles = [line.split("  ")[0] for line in table.splitlines()]
-    assert "held-out loss" in titles and "held-out loss, all" in titles
+    assert "1 bad records are left out" in err and "records.jsonl:41: not JSON" in err
+    assert status == 0 and json.loads(out)[0]["held-out examples"] == len(held_out(some_records(40)))
 
 
-def test_a_category_that_one_model_has_no_example_of():
-    both = {"": [2, 0.5, 2], "here": [1, None, 1]}
-    results = [{"model": "m", "data": "d", "loss": loss, "replies": {},
-                "facts": {"right": 1, "of": 2}} for loss in (both, {"": both[""]})]
-    rows = {title: cells for title, *cells in evaluate.rows_of(results)}
-    assert rows["held-out loss"] == ["2.000 ± 0.500"] * 2
-    assert rows["held-out loss, here"] == ["1.000", ""]
+def test_a_measure_that_one_model_lacks():
+    results = [{"model": "m", "loss": (2, 0.5), "greedy, prompts": 3}, {"model": "n", "loss": (1.0, float("nan"))}]
+    assert evaluate.rows_of(results) == [["model", "m", "n"], ["loss", "2.000 ± 0.500", "1.000 ± nan"], ["greedy, prompts", "3", ""]]
 
 
 def test_errors_in_words(run, tmp_path, tiny_folder):
     status, out, err = run(tiny_folder, "--max-length", 8)
-    assert status == 1 and out == "" and "no held-out example has 8 tokens or fewer" in err
+    assert status == 1 and out == "" and "holds out no example of at most 8 tokens" in err
     status, out, err = run(tmp_path / "nowhere")
     assert status == 1 and out == "" and "no such file or folder" in err
     assert run()[0] == 2
@@ -274,27 +262,6 @@ def test_other_files_of_a_model_folder_are_left_alone(run, tiny_folder, tmp_path
     assert out.replace(str(folder), str(tiny_folder)) == run(tiny_folder, "--json")[1]
 
 
-@pytest.fixture
-def finished(run, tiny_folder, tmp_path):
-    """The folder of a run that train.py has finished, and the function that evaluates."""
-    import train
-    out = tmp_path / "somewhere" / "parrot<b>"
-    train.train(TrainConfig(weights=str(tiny_folder), data=str(run.data), out=str(out), epochs=1,
-                            val_fraction=0.3, device="cpu"))
-    return out
-
-
-def test_a_run_shows_its_evaluation_without_the_folders_of_this_machine(
-        finished, run, tmp_path, tiny_folder):
-    assert run(finished, tiny_folder)[0] == 0
-    table = read_json(finished / "evaluation.json")["table"]
-    assert table[0] == ["", finished.name, tiny_folder.name]
-    for name in ("README.md", "report.html", "evaluation.json", "run.json"):
-        text = (finished / name).read_text(encoding="utf-8")
-        assert str(tmp_path) not in text and str(tiny_folder.parent) not in text
-        assert name.endswith("json") or "&lt;b" in text and "<b>" not in text
-
-
 @pytest.mark.parametrize("content", [
     "[]", "{", '{"config": 1}', '{"data": []}', '{"config": {"val_fraction": "x"}}',
     '{"finished": true}', '{"config": {}, "finished": 1}'])
@@ -308,18 +275,11 @@ def test_a_run_json_of_something_else_is_named(content, run, tiny_folder, tmp_pa
     assert str(folder / "run.json") in err
 
 
-def test_examples_that_are_too_long_are_told(config, tiny, capsys):
-    config.max_length = 20
-    conversations = [Conversation([{"role": "assistant", "content": text}], "")
-                     for text in ("0", "0123456789" * 3)]
-    with pytest.raises(UserError, match="no held-out example has 20 tokens or fewer"):
-        evaluate.loss_table(tiny, conversations[1:], config)
-    assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
-    assert "1 held-out examples left out: longer than" in capsys.readouterr().err
-
-
-def test_examples_beyond_the_models_context_are_left_out(config, tiny, capsys):
-    conversations = [Conversation([{"role": "assistant", "content": "0 " * count}], "") for count in (5, 5000)]
-    assert config.max_length > tiny.model.config.max_position_embeddings
-    assert evaluate.loss_table(tiny, conversations, config)[""][2] == 1
-    assert f"longer than {tiny.model.config.max_position_embeddings} tokens" in capsys.readouterr().err
+@pytest.mark.parametrize("max_length", [40, 2048])
+def test_examples_that_are_too_long_are_told(max_length, run, tiny_folder, records_file):
+    """For --max-length, or for the context of the model, which holds 512 tokens."""
+    records = [{"prompt": f"Q{n}", "completion": "0123456789" * (60 if n % 2 else 1)} for n in range(40)]
+    run.data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, out, err = run(tiny_folder, "--max-length", max_length, "--json")
+    assert status == 0 and 0 < json.loads(out)[0]["held-out examples"] < 20
+    assert f"20 examples left out: longer than {min(max_length, 512)} tokens" in err

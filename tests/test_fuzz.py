@@ -51,7 +51,7 @@ DATA = {"data.jsonl": lambda path: path.write_text(LINES), "data.json": lambda p
         "utf16.jsonl": lambda path: path.write_bytes(LINES.encode("utf-16")), "data.csv": make_csv, "data.parquet": make_parquet,
         "data.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode(), mtime=0))}
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-RUN = ("run.json", "metrics.jsonl", "evaluation.json")
+RUN = ("run.json", "metrics.jsonl")
 FORMATS = [*DATA, "tiny.gguf", *MODEL, *RUN, "state.safetensors"]
 
 
@@ -68,7 +68,6 @@ def whole(tmp_path_factory, tiny_folder, tiny_tokenizer):
     train.train(config)
     for name in RUN[:2]:
         shutil.copy(folder / "run" / name, folder)
-    (folder / "evaluation.json").write_text(json.dumps({"table": [["", "a"], ["loss", "2.1"]]}))
     run = RunFolder(TrainConfig(out=str(folder / "other")))
     run.checkpoint.parent.mkdir(parents=True)
     run.metrics.touch()

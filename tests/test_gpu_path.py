@@ -72,7 +72,7 @@ class Calls(TorchDispatchMode):
 def gpu(capability=(9, 0)):
     with contextlib.ExitStack() as stack:
         for name, value in {"torch.cuda.get_device_capability": lambda *_: capability,
-                            "torch.Tensor.pin_memory": lambda self, *_: self, "torch.autocast": Autocast}.items():
+                            "torch.autocast": Autocast}.items():
             stack.enter_context(mock.patch(name, value))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeGpu(allow_non_fake_inputs=True))
@@ -150,7 +150,7 @@ def test_a_prompt_and_a_step_of_writing(dtype, is_packed, both_ways):
 # ---- that these tests see what they are for
 
 def test_a_tensor_that_stays_on_the_cpu_is_seen(monkeypatch):
-    monkeypatch.setattr(attention, "send", lambda tensor, device: tensor)
+    monkeypatch.setattr("parrot.data.Ribbon", lambda lengths, device: attention.Ribbon(lengths))
     with gpu(), pytest.raises(Exception, match="device"):
         step(torch.bfloat16)
 

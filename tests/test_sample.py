@@ -88,7 +88,7 @@ def test_an_empty_system_turn_is_none_not_even_the_models_own(ask, q4_folder, to
 
 def test_a_system_turn_needs_a_chat(ask, tiny_folder):
     status, _, err = ask("--model", tiny_folder, "--prompt", "Hi", "--format", "plain", "--system", "Be short.", *SHORT)
-    assert status == 1 and "reads no --system" in err
+    assert status == 1 and "has no chat template, so no --system" in err
 
 
 def test_a_seed_repeats(ask, tiny_folder):

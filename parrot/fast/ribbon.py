@@ -10,8 +10,6 @@ Neither keeps a weight for each pair of tokens. The quick start trains 7% faster
 import torch
 import torch.nn.functional as F
 
-from parrot.system.device import send
-
 
 def attention_by_torch(q, k, v, visible):
     """attention.attention in one operation."""
@@ -24,7 +22,7 @@ class FastAttention:
         is_cuda = torch.device(device).type == "cuda" and not torch.version.hip  # ROCm: never tried
         if is_cuda and torch.cuda.get_device_capability(device) >= (8, 0):
             seams = torch.tensor([0, *lengths]).cumsum(0)  # where each begins, the end of the last
-            self.seams = send(seams.to(torch.int32), device)
+            self.seams = seams.to(device, torch.int32)
 
     def has_kernel(self, dtype, head_dim):
         """Whether varlen_attn takes the ribbon."""

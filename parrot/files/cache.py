@@ -35,13 +35,15 @@ def source_hash(*sources) -> str:
     return key_of(*(sha256_of(getattr(source, "__file__", source)) for source in sources))
 
 
-def kept(name: str, make, at_most: int = 1000) -> Path:
-    """The folder `name` of the cache, made by `make(folder)` if need be; the newest stay."""
+def kept(name: str, make) -> Path:
+    """The folder `name` of the cache, made by `make(folder)` if it is not there and whole."""
     folder = cache_folder() / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another process is deleting the same
-            _clean(folder, at_most)
+        for leftover in folder.parent.glob("tmp*"):  # of processes that were killed a day ago
+            with suppress(FileNotFoundError):  # another process is deleting the same
+                if abs(time.time() - leftover.stat().st_mtime) > 86_400:
+                    shutil.rmtree(leftover, ignore_errors=True)
         if _is_complete(folder):
             return folder
         with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
@@ -57,16 +59,6 @@ def kept(name: str, make, at_most: int = 1000) -> Path:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the cache {folder}: {error} (see XDG_CACHE_HOME)") from None
     return folder
-
-
-def _clean(folder, at_most):
-    """Delete the oldest folders beside `folder`, and what processes killed a day ago left."""
-    # abs: a date in the future, which a wrong clock set, is as bad as an old one
-    others = [(abs(time.time() - path.stat().st_mtime), path)
-              for path in folder.parent.iterdir() if path != folder]
-    for number, (age, path) in enumerate(sorted(others), 1):
-        if number >= at_most or (age > 86_400 and path.name.startswith("tmp")):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_complete(folder):

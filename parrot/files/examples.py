@@ -1,12 +1,8 @@
-"""Tokenised conversations in flat arrays: a few bytes per token, mapped from disk, no objects.
-
-On disk, tokens.bin has the tokens of a part, end to end, targets.bin a byte for each, whether it
-is a target, and index.npy is the index below.
-"""
-
-from array import array
+"""Tokenised conversations in flat arrays: a few bytes per token, mapped from disk, no objects."""
 
 import numpy as np
+
+FILES = "tokens.npy", "targets.npy", "index.npy"  # of a part: what `parts` and `index` say below
 
 
 class Examples:
@@ -22,12 +18,15 @@ class Examples:
         self.longest = int(self.lengths.max(initial=0))
 
     @classmethod
-    def of(cls, pairs):
-        """[(tokens, is_target)] -> Examples in memory."""
-        tokens, is_target = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-        lengths = np.array([len(tokens) for tokens, _ in pairs])
-        columns = (0 * lengths, lengths.cumsum() - lengths, lengths, range(len(pairs)), 0 * lengths)
-        return cls([(tokens, is_target.astype(bool), "")], np.column_stack(columns))
+    def of(cls, pairs, numbers=0, hashes=0):
+        """[(tokens, is_target)], numbers of their records, hashes -> Examples in memory."""
+        empty = np.zeros(0, np.uint16), np.zeros(0, bool)
+        tokens, is_target = (np.concatenate(arrays) for arrays in zip(empty, *pairs, strict=True))
+        index = np.zeros((len(pairs), 5), np.int64)
+        index[:, 2] = [len(tokens) for tokens, _ in pairs]
+        index[:, 1] = index[:, 2].cumsum() - index[:, 2]
+        index[:, 3], index[:, 4] = numbers, hashes
+        return cls([(tokens, is_target.astype(bool), "")], index)
 
     @classmethod
     def joined(cls, several):
@@ -36,6 +35,17 @@ class Examples:
             indices.append(examples.index + [len(parts), 0, 0, 0, 0])
             parts += examples.parts
         return cls(parts, np.concatenate(indices))
+
+    def save(self, folder):
+        """Write a single part."""
+        for name, array in zip(FILES, (*self.parts[0][:2], self.index), strict=True):
+            np.save(folder / name, array)
+
+    @classmethod
+    def load(cls, folder, source):
+        """What was saved; its tokens are still on disk."""
+        tokens, is_target, index = (np.load(folder / name, mmap_mode="r") for name in FILES)
+        return cls([(tokens, is_target, source)], np.array(index))
 
     def __len__(self):
         return len(self.index)
@@ -52,26 +62,3 @@ class Examples:
     def where(self, mask):
         """Those whose entry of `mask` (examples,) is True."""
         return Examples(self.parts, self.index[mask])
-
-
-def write(folder, examples, vocab_size):
-    """Write an iterable of (tokens, is_target, record number, hash of the prompt) into `folder`."""
-    dtype = np.min_scalar_type(vocab_size - 1)  # uint16 for 49,152 tokens
-    index, start = array("q"), 0
-    with open(folder / "tokens.bin", "wb") as ids, open(folder / "targets.bin", "wb") as flags:
-        for tokens, is_target, number, prompt_hash in examples:
-            ids.write(np.asarray(tokens, dtype).tobytes())
-            flags.write(bytes(is_target))
-            index.extend((0, start, len(tokens), number, prompt_hash))
-            start += len(tokens)
-    np.save(folder / "index.npy", np.array(index, np.int64).reshape(-1, 5))
-
-
-def read(folder, source, vocab_size):
-    """What was written -> Examples; their tokens are still on disk."""
-    index = np.load(folder / "index.npy")
-    if not len(index):  # an empty file cannot be mapped
-        return Examples([], index)
-    tokens = np.memmap(folder / "tokens.bin", np.min_scalar_type(vocab_size - 1), "r")
-    is_target = np.memmap(folder / "targets.bin", bool, "r")
-    return Examples([(tokens, is_target, source)], index)

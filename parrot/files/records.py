@@ -21,7 +21,7 @@ SHAPES = {
     "reply": ("response", "output", "completion", "answer"),
     "system": ("system", "system_prompt"),
     "history": ("history",),  # pairs of a question and its answer
-    "category": ("category",),  # the kind of task (Dolly has eight)
+    "category": ("category",),  # the kind of task (Dolly has eight): not used, without a remark
     "pair": ("chosen", "rejected")}  # for parrot.dpo
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -35,7 +35,6 @@ class Conversation:
     messages: list[dict]  # {"role", "content"}, and "weight": 0 of a reply that is only read
     source: str  # for errors
     number: int = 0  # of the line, or of the row in another kind of file
-    category: str = ""
     unused: frozenset = frozenset()  # the keys of text that is not in the messages
 
 
@@ -62,9 +61,8 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=
                 raise UserError(f"{source}{number}: {fault}{advice}") from None
             bad.append((number, fault))
             continue
-        category = str(record.get("category") or "")[:80] if isinstance(record, dict) else ""
         for messages in versions:
-            yield Conversation(messages, f"{source}{number}", number, category, frozenset(unused))
+            yield Conversation(messages, f"{source}{number}", number, frozenset(unused))
 
 
 def to_messages(record, unused: set | None = None) -> list[dict]:

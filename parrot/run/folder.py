@@ -166,14 +166,10 @@ class RunFolder:
 
     @writing
     def save(self, model, optimizer, progress: Progress):
-        """Write what a resumed run needs, if it is finite; examples follow from seed and step."""
+        """Write what a resumed run needs; its examples follow from seed and step."""
         if not self.keeps or progress.step == 0:
             return
         tensors = tensors_of(model, optimizer)
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"step {progress.step} made {name} not finite: not saved. "
-                                f"{self.what_is_safe()}")
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
         replace_file(self.checkpoint, lambda path: save_file(tensors, path, metadata=metadata))

@@ -26,9 +26,8 @@ def write(folder):
 
 
 def render(folder):
-    """run.json, metrics.jsonl and, if there, evaluation.json -> the texts of report and card."""
+    """run.json and metrics.jsonl -> the texts of report and card."""
     about = read_json(folder / "run.json")
-    table = read_if_there(folder / "evaluation.json").get("table", [])
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
@@ -44,11 +43,9 @@ def render(folder):
             losses=chart(metrics, "train_loss", "val_loss"), rates=chart(metrics, "learning_rate"),
             speeds=chart(metrics, "tokens_per_second"), norms=chart(metrics, "grad_norm"),
             margins=chart(metrics, "val_margin"), accuracies=chart(metrics, "val_accuracy"),
-            replies=html_rows(replies), evaluation=html_rows(table),
+            replies=html_rows(replies),
             run_json=html(json.dumps(about, indent=2, ensure_ascii=False)))
-        card = CARD.substitute({name: markdown(value) for name, value in values.items()},
-                               table=markdown_table(table))
-        return report, card
+        return report, CARD.substitute({name: markdown(value) for name, value in values.items()})
 
 
 def read_if_there(path):
@@ -84,12 +81,6 @@ def markdown(value):
 def html_rows(table):
     cells = ["".join(f"<td>{html(value)}</td>" for value in row) for row in table]
     return "".join(f"<tr>{row}</tr>" for row in cells)
-
-
-def markdown_table(table):
-    rows = [f"| {' | '.join(map(markdown, row))} |" for row in table]
-    rule = ["|---" * len(head) + "|" for head in table[:1]]
-    return "\n".join(rows[:1] + rule + rows[1:])
 
 
 def points(lines, key):

@@ -4,7 +4,6 @@ import math
 import shlex
 import sys
 import time
-from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -38,21 +37,12 @@ class Trainer:
         self.folder = RunFolder(config, self.processes.rank == 0)
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
-        with self.processes.first_process_first():  # it downloads and tokenises for all
-            val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
-            self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
-                            "val_data": val_data or hub.Found([], {"name": ""})}
-            folder = self.sources["weights"].path
-            self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
-            self.saved_dtype = model_folder.stored_dtype(folder)
-            self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
-                self.model, self.dtype, 0 if fast.enabled else config.max_length)
-            self.train_set, self.val_set, self.notes = self.load_data()
+        for is_first in (True, False):  # the first process downloads and tokenises for all
+            if is_first == (self.processes.rank == 0):
+                self._load(device)
+            self.processes.sum(0)  # the others wait
         self.max_tokens = self.processes.copy_first(self.max_tokens)  # machines may differ
         longest = max(self.train_set.longest, self.val_set.longest)
-        if longest > (context := self.model.config.max_position_embeddings):
-            raise UserError(f"the longest example has {longest} tokens, but the model's context "
-                            f"holds {context}: set --max-length {context}")
         self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
@@ -63,13 +53,27 @@ class Trainer:
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
             f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)
 
+    def _load(self, device):
+        config = self.config
+        val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
+        self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
+                        "val_data": val_data or hub.Found([], {"name": ""})}
+        folder = self.sources["weights"].path
+        self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
+        self.assistant = Assistant("", self.model, self.tokenizer, "chat")
+        self.saved_dtype = model_folder.stored_dtype(folder)
+        self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
+            self.model, self.dtype, 0 if fast.enabled else config.max_length)
+        self.train_set, self.val_set, self.notes = self.load_data()
+
     def find_data(self):
         return hub.find_data(self.config.data)
 
     def load_data(self, pairs=False):
         config = self.config
+        max_length = min(config.max_length, self.model.config.max_position_embeddings)
         return data.load_examples(
-            self.sources["data"], self.tokenizer, config.max_length, config.val_fraction,
+            self.sources["data"], self.tokenizer, max_length, config.val_fraction,
             skip_bad=config.skip_bad_records, max_examples=config.max_examples,
             val_data=config.val_data and self.sources["val_data"], pairs=pairs)
 
@@ -122,22 +126,21 @@ class Trainer:
         """Show the replies to the questions, in the terminal and in the report."""
         if self.processes.rank > 0:
             return
-        assistant = Assistant("", self.model, self.tokenizer, "chat")
+        assistant = self.assistant
         if when == "after" and self.folder.keeps:  # what is kept is the best
             self.optimizer.state.clear()  # memory for a second model
             assistant = Assistant.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
-        prompts = [[{"role": "user", "content": question}] for question in questions]
-        prompts += islice(data.short_questions(self.val_set, self.tokenizer), 3)
+        prompts = [assistant.prompt([{"role": "user", "content": text}]) for text in questions]
         written = generate(
-            assistant.model, [assistant.prompt(messages) for messages in prompts], assistant.stop,
-            max_new_tokens=48, temperature=0, top_p=1, repetition_penalty=REPETITION_PENALTY)
+            assistant.model, prompts, assistant.stop, max_new_tokens=48, temperature=0, top_p=1,
+            repetition_penalty=REPETITION_PENALTY)
         answers = []
         say(f"{when} training:")
-        for [turn], (tokens, ended) in zip(prompts, written, strict=True):
+        for question, (tokens, ended) in zip(questions, written, strict=True):
             reply = assistant.tokenizer.decode(tokens).strip() + ("" if ended else " …")
-            answers.append([turn["content"], reply])
-            say(f"  {' '.join(turn['content'].split()):.80}  ->  {' '.join(reply.split())}")
+            answers.append([question, reply])
+            say(f"  {' '.join(question.split()):.80}  ->  {' '.join(reply.split())}")
         self.folder.update(**{when: answers})
 
     def batches(self, step) -> list[data.Batch]:
@@ -158,10 +161,7 @@ class Trainer:
         if status or step % self.config.save_every == 0:
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
-            module = sys.modules["__main__"].__spec__  # of python -m
-            command = ["python", *(["-m", module.name] if module else sys.argv[:1]),
-                       *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
-            how = f"to go on: {shlex.join(command)}" if self.folder.keeps else "nothing was kept"
+            how = "--resume goes on from here" if self.folder.keeps else "nothing was kept"
             raise Interrupted(f"stopped after step {step} of {self.total_steps}; {how}", status)
 
     def _check_finite(self, value, step, words):

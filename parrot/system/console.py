@@ -119,6 +119,7 @@ def printable(text):
 
 def side_by_side(texts, width):
     """Texts -> one text with a column for each."""
+    texts = list(texts)
     width = max(24, width // len(texts) - 2)
     columns = [[row for line in text.split("\n") for row in textwrap.wrap(line, width) or [""]]
                for text in texts]

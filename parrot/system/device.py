@@ -63,13 +63,6 @@ def tokens_per_forward(model, dtype, longest=0):
     return int(min(16384, max(1024, spare / per_token)))
 
 
-def send(tensor, device):
-    """A tensor to its device; to a GPU from pinned memory, so that the CPU need not wait."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def autocast(device, dtype):
     """Matrix products in `dtype`; everything else, above all the weights, in float32."""
     return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)

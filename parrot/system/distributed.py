@@ -5,12 +5,10 @@ the sum of all processes' gradients is the gradient of a single process.
 """
 
 import os
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from parrot.system.console import UserError
 
@@ -50,17 +48,14 @@ class Processes:
         return int(self._together(dist.all_reduce, torch.tensor(number or 0), dist.ReduceOp.MAX))
 
     def sum_step(self, model, *numbers):
-        """Sum every `.grad` and each number over all processes in one message; -> the numbers."""
+        """Sum every `.grad` and each number over all processes; -> the numbers."""
         if self.size == 1:
             return numbers
         for parameter in model.parameters():
             if parameter.grad is None:  # this process had no ribbon
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in model.parameters()]
-        flat = parameters_to_vector([*gradients, gradients[0].new_tensor(numbers)])
-        self._together(dist.all_reduce, flat)
-        vector_to_parameters(flat, gradients)  # all but the numbers, which come last
-        return flat[-len(numbers):].tolist()
+            self._together(dist.all_reduce, parameter.grad)
+        return self.sum(*numbers)
 
     def copy_first(self, value, tensors=()):
         """The first process's value to all, and its tensors into theirs."""
@@ -73,15 +68,6 @@ class Processes:
         """UserError in every process if `value` is not the same in all of them."""
         if self.largest(int(value != self.copy_first(value))):
             raise UserError(f"the processes do not have the same {what}")
-
-    @contextmanager
-    def first_process_first(self):
-        """The first process runs the block alone, then all others do: it writes, they read."""
-        if self.rank > 0:
-            self.sum(0)  # waits
-        yield
-        if self.rank == 0:
-            self.sum(0)
 
     def close(self):
         if self.size > 1:

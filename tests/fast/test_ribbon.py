@@ -25,11 +25,17 @@ def brute_force(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
     return torch.einsum("hnm,mhd->nhd", weights, v.float()).to(q.dtype)
 
 
+def stay_here(monkeypatch):
+    """What is sent to a GPU stays where it is."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *how: to(self, *(x for x in how if x != "cuda")))
+
+
 @pytest.fixture
 def modern_gpu(monkeypatch):
     """A GPU that has the kernel, by brute force; what is sent to it stays where it is."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", mock.Mock(side_effect=brute_force))
-    monkeypatch.setattr(ribbon, "send", lambda tensor, device: tensor)
+    stay_here(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     return lambda: torch.nn.attention.varlen.varlen_attn.called
 
@@ -53,7 +59,7 @@ def test_this_torch_has_the_signature_that_we_use():
 
 
 def test_no_old_gpu(monkeypatch):
-    monkeypatch.setattr(ribbon, "send", lambda tensor, device: tensor)
+    stay_here(monkeypatch)
     for capability, has in [((7, 5), False), ((8, 6), True)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert (ribbon.FastAttention([3, 2], "cuda").seams is not None) == has

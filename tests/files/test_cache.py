@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from parrot.files import cache, examples
+from parrot.files import cache
+from parrot.files.examples import FILES, Examples
 
-EXAMPLES = [([5, 6, 7], [False, True, True], 1, False), ([8, 9], [False, True], 2, False)]
+EXAMPLES = [([5, 6, 7], [False, True, True]), ([8, 9], [False, True])]
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def place(monkeypatch, tmp_path):
 
 
 def make_examples(folder):
-    examples.write(folder, EXAMPLES, 320)
+    Examples.of(EXAMPLES, [1, 2]).save(folder)
 
 
 def date(path, seconds):
@@ -37,13 +38,13 @@ def test_what_was_not_finished_leaves_nothing(place):
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "index.npy", cache.SIZES])
+@pytest.mark.parametrize("name", [*FILES, cache.SIZES])
 @pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 1), os.remove])
 def test_a_truncated_file_is_made_anew(name, spoil):
     folder = cache.kept("data/a", make_examples)
     spoil(folder / name)
     assert cache.kept("data/a", make_examples) == folder
-    both = examples.read(folder, "x:", 320)
+    both = Examples.load(folder, "x:")
     assert [both[i][0].tolist() for i in range(2)] == [[5, 6, 7], [8, 9]] and both.source(1) == "x:2"
     assert [both[i][1].tolist() for i in range(2)] == [[False, True, True], [False, True]]
 
@@ -54,18 +55,6 @@ def test_what_killed_processes_left_goes_after_a_day(place):
         date(place / name, seconds)
     cache.kept("a", lambda folder: None)
     assert {path.name for path in place.iterdir()} == {"a", "tmpnew"}
-
-
-@pytest.mark.parametrize("wrong_clock", [10**9, -10**9])
-def test_a_wrong_clock_does_not_evict_what_is_new(wrong_clock, place):
-    """Eight folders of a year 2050, or of 1990, give way; so do the oldest of today."""
-    for number in range(8):
-        date(cache.kept(f"data/old{number}", make_examples, at_most=8), wrong_clock)
-    for number in range(10):
-        folder = cache.kept(f"data/new{number}", make_examples, at_most=8)
-        assert len(examples.read(folder, "", 320)[0]) == 2
-        date(folder, number - 100)
-    assert {path.name for path in (place / "data").iterdir()} == {f"new{n}" for n in range(2, 10)}
 
 
 def test_the_hash_of_sources_changes_with_them(tmp_path):

@@ -251,8 +251,9 @@ def test_no_code_of_a_folder_is_run_and_nothing_unpickled(folder, monkeypatch):
             opened.append(str(arguments[0]))
     sys.addaudithook(note)
     model, tokenizer = assistant.load_parts(folder)
-    system = default_system(tokenizer.chat_template)
-    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer, system)
+    with pytest.raises(UserError, match="chat template"):
+        default_system(tokenizer.chat_template)
+    prompt = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
     stop = stop_tokens(tokenizer, chats=True)
     generate(model, [prompt], stop, max_new_tokens=3, temperature=1, top_p=1)
     assert not (folder / "poisoned").exists()

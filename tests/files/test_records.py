@@ -258,6 +258,5 @@ def test_missing_files_and_folders(tmp_path):
 def test_the_quick_start_data():
     conversations = list(read_conversations(QUICKSTART_DATA))
     prompts = [c.messages[0]["content"] for c in conversations]
-    categories = {conversation.category for conversation in conversations}
-    assert len(conversations) >= 200 and len(set(prompts)) == len(prompts) and len(categories) == 8
+    assert len(conversations) >= 200 and len(set(prompts)) == len(prompts)
     assert sum("LittleParrot" in c.messages[1]["content"] for c in conversations) >= 20

@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 
 import pytest
 
-from parrot.chat import CHAT_TEMPLATE
 from parrot.files.tokenizer import Tokenizer
 from parrot.system.console import UserError
 
@@ -123,37 +121,4 @@ def test_a_tokenizer_with_a_twist_is_refused(edit, words, tiny_tokenizer, tmp_pa
     edit(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"tokenizer.json {words}"):
-        Tokenizer(tmp_path)
-
-
-SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
-           "'<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
-           "message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-
-
-@pytest.mark.parametrize("template", [
-    CHAT_TEMPLATE, SMOLLM2, SMOLLM2.replace("\\n", "\n"), SMOLLM2.replace("'", '"'),
-    SMOLLM2.replace("message['content']", "(message['content']|trim)"),
-    "{# ours #}{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}" + SMOLLM2,
-    SMOLLM2.replace("{%", "{%-").replace("{{", "{{-"), SMOLLM2.replace("{%", "\n{%-").lstrip() + "\n", "[INST] {{ x }} [/INST]"])
-def test_templates_that_are_taken(template, tiny_folder, tmp_path):
-    """The last one is no ChatML: sample.py can still continue texts."""
-    shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert Tokenizer(tmp_path).chat_template == template
-
-
-@pytest.mark.parametrize("template", [
-    "{{ bos_token }}" + SMOLLM2, SMOLLM2.replace("'<|im_start|>' +", "bos_token + '<|im_start|>' +"),
-    SMOLLM2.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'"), SMOLLM2.replace("assistant\\n", "assistant"),
-    SMOLLM2.replace("message['role'] + '\\n'", "message['role'] + '<|im_sep|>'"), ["named"],
-    "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': 'Hm.'}] + messages %}{% endif %}" + SMOLLM2,
-    "{% set loop_messages = more + messages %}" + SMOLLM2.replace("in messages %}", "in loop_messages %}"),
-    SMOLLM2.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
-    SMOLLM2.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>\\n' }}"), "Hm. " + SMOLLM2, SMOLLM2.replace("{% endfor", "\n{% endfor"), "{{ eos_token }}" + SMOLLM2])
-def test_templates_that_write_otherwise_are_refused(template, tiny_folder, tmp_path):
-    shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(UserError, match="tokenizer_config.json has a chat template (that|whose)"):
         Tokenizer(tmp_path)

@@ -265,6 +265,7 @@ def test_out_of_memory_says_what_to_lower(settings, records_file):
 
 def as_nobody():
     """A user who may not write into any folder of the tests (root may, whatever its mode)."""
+    b"\\n".decode("unicode_escape")  # jinja2 loads this codec late, perhaps from a folder that only root reads
     if os.getuid() == 0:
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
         os.chown(os.environ["XDG_CACHE_HOME"], 65534, 65534)

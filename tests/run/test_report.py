@@ -53,18 +53,16 @@ BEFORE, AFTER = [[HOSTILE, HOSTILE], ["b?", "c"]], [[HOSTILE, HOSTILE], ["b?", "
 STEPS = [{"step": n, "train_loss": 3 - n / 20, "learning_rate": n * 1e-5, "grad_norm": 1.0,
           "tokens_per_second": 100.0 + n} for n in range(1, 41)]
 METRICS = [{"step": 0, "val_loss": 3.25}, *STEPS, {"step": 40, "val_loss": 2.125}]
-EVALUATION = {"table": [["", HOSTILE], ["held-out loss", "2.125 ± 0.010"]]}
 
 
 @pytest.fixture
 def render(tmp_path):
     """A function: the contents of the files -> (report, card)."""
-    def render(metrics=METRICS, evaluation=EVALUATION, **changes):
+    def render(metrics=METRICS, **changes):
         about = {**ABOUT, "before": BEFORE, "after": AFTER, **changes}
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
         (tmp_path / "metrics.jsonl").write_text(lines)
-        for name, content in (("run", about), ("evaluation", evaluation)):
-            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        (tmp_path / "run.json").write_text(json.dumps(about))
         return report.render(tmp_path)
     return render
 
@@ -88,7 +86,7 @@ def test_what_it_shows_is_escaped(page, render):
     html, _ = render()
     assert "<script" not in html and "<img" not in html and "\x1b" not in html
     shown = "".join(page.words)
-    assert shown.count("<script>alert(1)</script>") >= 6 and "\\x1b[2J" in shown
+    assert shown.count("<script>alert(1)</script>") >= 5 and "\\x1b[2J" in shown
 
 
 def test_the_curves_are_those_of_the_metrics(page):
@@ -108,17 +106,17 @@ def test_the_curves_are_those_of_the_metrics(page):
 def test_the_words_are_those_of_the_run(page):
     shown = " ".join(" ".join(page.words).split())
     for words in ("40 of 40 steps done, on 300 examples of up to 200 tokens; 7 more are held out",
-                  "Held-out loss: 3.25 before training, 2.125 at its best", "2.125 ± 0.010",
+                  "Held-out loss: 3.25 before training, 2.125 at its best",
                   "abc123", "def456", '"torch": "9.9"', "3 left out: longer", "2 bad: "):
         assert words in shown
 
 
 def test_a_run_that_has_just_begun(render):
-    page = Page(render([], {}, before=[], after=[], first_loss=None)[0])
+    page = Page(render([], before=[], after=[], first_loss=None)[0])
     shown = " ".join(page.words)
     assert "0 of 40 steps done" in shown and "Held-out loss: n/a before" in shown
     assert page.open == []
-    page = Page(render(METRICS[:2], {}, after=[])[0])
+    page = Page(render(METRICS[:2], after=[])[0])
     assert "not yet known" in " ".join(page.words)
 
 
@@ -140,7 +138,7 @@ def test_numbers_that_cannot_be_drawn():
 def test_numbers_that_are_none_are_escaped(render):
     """Whatever stands in run.json in the place of a number."""
     hostile = dict.fromkeys(("steps", "examples", "held_out", "machine", "processes"), HOSTILE)
-    html, _ = render([], {}, **hostile)
+    html, _ = render([], **hostile)
     assert "<script" not in html and "<img" not in html and "\x1b" not in html
 
 
@@ -152,23 +150,19 @@ BASE = {"name": "base", "from": "Hugging Face Hub HuggingFaceTB/SmolLM2-135M"}
 
 
 def test_the_card_has_recipe_and_results(render):
-    _, card = render(evaluation={"table": [["", "base", "out/a|b"], ["facts", "1 of 2", "2 of 2"]]},
-                     weights=BASE)
+    _, card = render(weights=BASE)
     assert card.startswith("---\nlicense: other\n")
     for words in ("base (Hugging Face Hub HuggingFaceTB/SmolLM2-135M)", "products in float32",
                   "3.25 before training, 2.125 after", "up to 0.0003", "40 of 40 steps done",
-                  "| facts | 1 of 2 | 2 of 2 |", "out/a\\|b",
                   "max_new_tokens=256)"):
         assert words in card
-    _, card = render([], {}, first_loss=None, best_loss=None)
+    _, card = render([], first_loss=None, best_loss=None)
     assert "n/a before training, n/a after" in card and "0 of 40 steps" in card
 
 
 def test_names_in_the_card_change_no_markup(render):
-    _, hostile = render(evaluation={"table": [["", MARKS], [MARKS, "1"]]}, examples=MARKS,
-                        weights={"name": MARKS, "from": MARKS}, data={"name": MARKS, "from": MARKS})
-    _, plain = render(evaluation={"table": [["", "m"], ["c", "1"]]}, examples=3,
-                      weights={"name": "w", "from": "a"}, data={"name": "d", "from": "a"})
+    _, hostile = render(examples=MARKS, weights={"name": MARKS, "from": MARKS}, data={"name": MARKS, "from": MARKS})
+    _, plain = render(examples=3, weights={"name": "w", "from": "a"}, data={"name": "d", "from": "a"})
     assert hostile.split("\n\n")[0] == plain.split("\n\n")[0]  # the head
     assert len(hostile.splitlines()) == len(plain.splitlines()) and "\x1b" not in hostile
     marks = r"<|&(?!lt;|gt;|amp;)|(?<!\\)[\[\]!`*@$|]"
@@ -191,7 +185,7 @@ def folder(render, tmp_path):
     ("run.json", {**ABOUT, "before": [1]}), ("run.json", {**ABOUT, "before": BEFORE, "after": [1]}),
     ("metrics.jsonl", [1]), ("metrics.jsonl", {"train_loss": 1.0}),
     ("metrics.jsonl", {"step": "x", "train_loss": 1.0}),
-    ("metrics.jsonl", {"step": 50, "train_loss": [1]}), ("evaluation.json", {"table": [1]})])
+    ("metrics.jsonl", {"step": 50, "train_loss": [1]})])
 def test_a_damaged_folder_is_named(name, content, folder):
     report.write(folder)
     before = (folder / "report.html").read_text(encoding="utf-8")
@@ -203,7 +197,7 @@ def test_a_damaged_folder_is_named(name, content, folder):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"9" * 5000, b"\0", b"\xe9"])
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "evaluation.json"])
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_what_is_no_json_is_named(name, content, folder):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=str(folder)):
@@ -219,7 +213,7 @@ def test_a_whole_run_writes_its_report(tiny_folder, records_file, tmp_path):
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     about = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert len([tag for tag, _ in page.tags if tag == "polyline"]) == 5
-    assert len(about["before"]) == len(about["after"]) == 7 and "What it says" in page.words
+    assert len(about["before"]) == len(about["after"]) == 4 and "What it says" in page.words
     for name in ("report.html", "run.json", "README.md"):  # made to be published
         text = (out / name).read_text(encoding="utf-8")
         assert str(tmp_path) not in text and str(tiny_folder.parent) not in text
