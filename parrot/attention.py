@@ -33,12 +33,6 @@ def attention(q, k, v, visible):
     tensor([[[8.0443, 1.9557]]])
     >>> attention(q, k, v, torch.tensor([[False, True]]))
     tensor([[[ 0., 10.]]])
-
-    Grouped heads: the first two of four query heads share the first key/value head:
-
-    >>> v = torch.tensor([[[1.0]], [[2.0]]])  # (K, m, D) = (2, 1, 1)
-    >>> attention(torch.ones(4, 1, 1), torch.ones(2, 1, 1), v, causal(1)).flatten()
-    tensor([1., 1., 2., 2.])
     """
     group = q.shape[-3] // k.shape[-3]  # so many query heads share a key/value head
     k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))  # (..., H, m, D)
@@ -90,14 +84,8 @@ class Ribbon:
 class KVCache:
     """The keys and values that B sequences have so far: a new token costs the work of one token.
 
-    >>> from parrot.model import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(32, 16, 24, 2, 4, 2, 4, 64, 1e-5, 10000.0, True))
-    >>> with torch.no_grad():
-    ...     cache = KVCache(model.config, batch_size=1, capacity=8)
-    ...     read = model(torch.tensor([5, 6, 7]), cache.prefill([3]))  # first the prompts, a ribbon
-    ...     step = model(torch.tensor([8]), cache.step())  # then one token is read, not four
-    ...     torch.allclose(step, model(torch.tensor([5, 6, 7, 8]), Ribbon([4]))[-1:], atol=1e-5)
-    True
+    First the model reads the prompts, `model(tokens, cache.prefill(lengths))`, then again and again
+    a token for each: `model(tokens, cache.step())`.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):

@@ -68,14 +68,6 @@ def rotate(x, cos, sin):
     """Turn each pair of x (N, heads, D) by its angle. Pair i is (x[i], x[i + D / 2]).
 
     Why: the dot product of two turned vectors depends on the distance of their positions alone.
-
-    >>> q, k = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]])
-    >>> def score(position_q, position_k):
-    ...     turned = [rotate(x, *rope_angles(torch.tensor([p]), 2, 10000.0))
-    ...               for x, p in ((q, position_q), (k, position_k))]
-    ...     return round((turned[0] * turned[1]).sum().item(), 3)
-    >>> score(5, 2), score(105, 102), score(5, 3)
-    (1.203, 1.203, -1.194)
     """
     first, second = x.float().chunk(2, dim=-1)  # (N, heads, D / 2) each
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -109,10 +101,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, on each token alone: one projection, through silu, gates another (arXiv:2002.05202).
 
-    silu(x) = x * sigmoid(x) is near 0 below zero, which blocks, and near x above it:
-
-    >>> F.silu(torch.tensor([-5.0, 0.0, 5.0]))
-    tensor([-0.0335,  0.0000,  4.9665])
+    silu(x) = x * sigmoid(x) is near 0 below zero, which blocks, and near x above it.
     """
 
     def __init__(self, config: LlamaConfig):

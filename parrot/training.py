@@ -35,13 +35,7 @@ def token_losses(model: Llama, batch: Batch, dtype):
 def loss_sum(model: Llama, batch: Batch, dtype):
     """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step.
 
-    Averaging per-ribbon means would weight tokens by how the step was split:
-
-    >>> losses = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0])
-    >>> sum(x.sum() for x in losses) / sum(len(x) for x in losses)  # the mean over all targets
-    tensor(2.)
-    >>> sum(x.mean() for x in losses) / len(losses)  # the mean of means
-    tensor(3.)
+    Averaging per-ribbon means would weight tokens by how the step was split.
     """
     return token_losses(model, batch, dtype).sum()
 
@@ -79,20 +73,6 @@ def make_optimizer(model: Llama, config: TrainConfig):
     Both means are running: the betas set how many steps they cover, 0.9 some 10, 0.95 some 20. And
     matrices shrink by lr * weight_decay of their value per step. The scales of the norms do not:
     decay would pull them to 0, which silences a layer.
-
-    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
-    >>> adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
-    >>> weight.grad = torch.tensor([1e-3])  # tiny or not: the first step moves by lr
-    >>> adamw.step(); weight  # 2 - 0.1 * 0.5 * 2 - 0.1
-    Parameter containing:
-    tensor([1.8000], requires_grad=True)
-
-    The clip, before that, keeps the direction of the gradient:
-
-    >>> pair = torch.nn.Parameter(torch.zeros(2))
-    >>> pair.grad = torch.tensor([3.0, 4.0])
-    >>> torch.nn.utils.clip_grad_norm_(pair, 1.0), pair.grad
-    (tensor(5.), tensor([0.6000, 0.8000]))
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     scales = [p for p in model.parameters() if p.dim() < 2]

@@ -1,5 +1,6 @@
 """parrot/README.md: its links lead where they say, and its figures are those of the code."""
 
+import doctest
 import re
 import sys
 from types import SimpleNamespace
@@ -27,6 +28,11 @@ TEXT = links.WALK.read_text(encoding="utf-8")
 WORDS = " ".join(TEXT.split())
 CHAT = [{"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am LittleParrot."}]
+
+
+def test_the_worked_examples():
+    results = doctest.testfile(str(links.WALK), module_relative=False)
+    assert results.failed == 0 and results.attempted > 20
 
 
 def test_links_lead_where_they_say():
