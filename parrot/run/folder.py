@@ -29,7 +29,6 @@ from parrot.system.disk import flush, read_json, replace_file, write_json
 
 @dataclass
 class Progress:
-    """How far a run is."""
     step: int = 0  # steps that are done; the evaluation at this one may still be due
     tokens: int = 0  # of all examples so far
     seconds: float = 0.0  # of training and evaluating, over all sessions
