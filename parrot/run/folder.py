@@ -42,7 +42,7 @@ def describe(run):
     for option in {"out", "self_play"} & config.keys():
         config[option] = Path(config[option] or "").name
     for kind, found in run.sources.items():
-        config[kind] = public_name(found)
+        config[kind] = Path(found.origin["name"]).name  # "from" has the Hub's whole id
         files = {}
         for path, sha256 in found.hashes.items():
             files[f"{path.name} ({len(files)})" if path.name in files else path.name] = sha256
@@ -57,11 +57,6 @@ def describe(run):
             "versions": {"python": platform.python_version(), **versions}, "compiled": run.compiled,
             "machine": f"{platform.system()} {platform.machine()}", "finished": False,
             "device": card, "processes": run.processes.size, "micro_batch_tokens": run.max_tokens}
-
-
-def public_name(found):
-    """The name of hub.Found without its folder; "from" has the Hub's whole id."""
-    return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):
