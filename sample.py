@@ -31,9 +31,9 @@ def main():
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
     if config.compare:
-        texts = [f"{name}\n\n{reply(load(name, config), question, config)}"
+        texts = [printable(f"{name}\n\n{reply(load(name, config), question, config)}")
                  for name in config.compare]
-        return print(side_by_side(map(printable, texts), shutil.get_terminal_size().columns))
+        return print(side_by_side(texts, shutil.get_terminal_size().columns))
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
         return chat(assistant, config)

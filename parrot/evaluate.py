@@ -25,7 +25,6 @@ from parrot.data import is_held_out, tokenised
 from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.run import report
-from parrot.run.folder import public_name
 from parrot.sampling import generate
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
@@ -143,7 +142,8 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
     if not len(examples):
         raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out no example "
                         f"of at most {limit} tokens")
-    return {"model": assistant.name, "data": public_name(data), "held-out examples": len(examples),
+    name = Path(data.origin["name"]).name
+    return {"model": assistant.name, "data": name, "held-out examples": len(examples),
             "held-out loss": held_out_loss(assistant.model, examples),
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
 

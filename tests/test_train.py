@@ -222,7 +222,7 @@ def interrupt_after(monkeypatch, step):
 
 def test_interrupted_before_the_first_step(config, monkeypatch):
     """During the first evaluation there is nothing to save, and resuming starts from the beginning."""
-    monkeypatch.setattr("parrot.run.trainer.held_out_means", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("parrot.training.held_out_means", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="after step 0"):
         train.train(config())
     monkeypatch.undo()

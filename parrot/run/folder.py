@@ -29,7 +29,6 @@ from parrot.system.disk import flush, read_json, replace_file, write_json
 
 @dataclass
 class Progress:
-    """How far a run is."""
     step: int = 0  # steps that are done; the evaluation at this one may still be due
     tokens: int = 0  # of all examples so far
     seconds: float = 0.0  # of training and evaluating, over all sessions
@@ -43,7 +42,7 @@ def describe(run):
     for option in {"out", "self_play"} & config.keys():
         config[option] = Path(config[option] or "").name
     for kind, found in run.sources.items():
-        config[kind] = public_name(found)
+        config[kind] = Path(found.origin["name"]).name  # "from" has the Hub's whole id
         files = {}
         for path, sha256 in found.hashes.items():
             files[f"{path.name} ({len(files)})" if path.name in files else path.name] = sha256
@@ -58,11 +57,6 @@ def describe(run):
             "versions": {"python": platform.python_version(), **versions}, "compiled": run.compiled,
             "machine": f"{platform.system()} {platform.machine()}", "finished": False,
             "device": card, "processes": run.processes.size, "micro_batch_tokens": run.max_tokens}
-
-
-def public_name(found):
-    """The name of hub.Found without its folder; "from" has the Hub's whole id."""
-    return Path(found.origin["name"]).name
 
 
 def check_same(path, about, config: Recipe):

@@ -18,22 +18,17 @@ MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ",
                         **{mark: "\\" + mark for mark in "\\`*_[]#!|~@:$"}})
 
 
-def write(folder):
+def write(folder: Path):
     """Write both pages into a run's folder. UserError, and no change, if a file is damaged."""
-    report, card = render(Path(folder))
-    replace_text(Path(folder, "report.html"), report)
-    replace_text(Path(folder, "README.md"), card)
-
-
-def render(folder):
-    """run.json and metrics.jsonl -> the texts of report and card."""
     about = read_json(folder / "run.json")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
-        before = about.pop("before", [])
         after = dict(about.pop("after", []))  # a resumed run may --ask others
-        replies = [[*old, after.get(old[0], "not yet known")] for old in before]
+        replies = ""
+        for question, reply in about.pop("before", []):
+            cells = map(html, (question, reply, after.get(question, "not yet known")))
+            replies += f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
         values = {"first_loss": None, "best_loss": None, **about["config"], **about,
                   "done": len(points(metrics, "train_loss"))}
         for name in ("weights", "data"):
@@ -43,9 +38,10 @@ def render(folder):
             losses=chart(metrics, "train_loss", "val_loss"), rates=chart(metrics, "learning_rate"),
             speeds=chart(metrics, "tokens_per_second"), norms=chart(metrics, "grad_norm"),
             margins=chart(metrics, "val_margin"), accuracies=chart(metrics, "val_accuracy"),
-            replies=html_rows(replies),
-            run_json=html(json.dumps(about, indent=2, ensure_ascii=False)))
-        return report, CARD.substitute({name: markdown(value) for name, value in values.items()})
+            replies=replies, run_json=html(json.dumps(about, indent=2, ensure_ascii=False)))
+        card = CARD.substitute({name: markdown(value) for name, value in values.items()})
+    replace_text(folder / "report.html", report)
+    replace_text(folder / "README.md", card)
 
 
 def read_if_there(path):
@@ -76,11 +72,6 @@ def html(value):
 
 def markdown(value):
     return plain(value).translate(MARKUP)
-
-
-def html_rows(table):
-    cells = ["".join(f"<td>{html(value)}</td>" for value in row) for row in table]
-    return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 def points(lines, key):

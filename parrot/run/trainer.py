@@ -8,19 +8,15 @@ import time
 import torch
 from tqdm import tqdm
 
-from parrot import assistant, data, fast
-from parrot.assistant import Assistant
-from parrot.attention import Ribbon
+from parrot import assistant, attention, data, fast, sampling, training
 from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
 from parrot.fast.compiling import speed_up
 from parrot.files import hub, model_folder
 from parrot.run.folder import Progress, RunFolder, describe, tensors_of
-from parrot.sampling import generate
 from parrot.system.console import Interrupted, StopSignal, UserError, say
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 from parrot.system.distributed import Processes
-from parrot.training import held_out_means, make_optimizer, token_losses
 
 QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
              "What planet is closest to the sun?", "What is the capital of Canada?")
@@ -30,41 +26,38 @@ class Trainer:
     """A run but for its loop. parrot.dpo overrides these attributes, find_data and load_data."""
     objective = "the loss of each token of the replies and of their end"
     batch_type, names = data.Batch, ("val_loss",)
-    terms_of = staticmethod(token_losses)  # their means over what is held out have these names
+    terms_of = staticmethod(training.token_losses)  # their means have these names
 
     def __init__(self, config: TrainConfig, loss_sum):
         self.config, self.loss_sum, self.processes = config, loss_sum, Processes()
         self.folder = RunFolder(config, self.processes.rank == 0)
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
-        for is_first in (True, False):  # the first process downloads and tokenises for all
-            if is_first == (self.processes.rank == 0):
-                self._load(device)
-            self.processes.sum(0)  # the others wait
-        self.max_tokens = self.processes.copy_first(self.max_tokens)  # machines may differ
-        longest = max(self.train_set.longest, self.val_set.longest)
-        self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
-        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
-        self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
-        ribbon = Ribbon([256] * (min(max(self.max_tokens, 256), 16384) // 256), device)
-        self.compiled = fast.enabled and speed_up(
-            self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
-        self.optimizer, self.progress = make_optimizer(self.model, config), Progress()
-        say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
-            f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)
-
-    def _load(self, device):
-        config = self.config
+        if self.processes.rank > 0:
+            self.processes.sum(0)  # waits: the first process downloads and tokenises for all
         val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
         self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
                         "val_data": val_data or hub.Found([], {"name": ""})}
         folder = self.sources["weights"].path
         self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
-        self.assistant = Assistant("", self.model, self.tokenizer, "chat")
+        self.assistant = assistant.Assistant("", self.model, self.tokenizer, "chat")
         self.saved_dtype = model_folder.stored_dtype(folder)
         self.max_tokens = config.micro_batch_tokens or tokens_per_forward(
             self.model, self.dtype, 0 if fast.enabled else config.max_length)
         self.train_set, self.val_set, self.notes = self.load_data()
+        if self.processes.rank == 0:
+            self.processes.sum(0)  # the others go on
+        self.max_tokens = self.processes.copy_first(self.max_tokens)  # machines may differ
+        longest = max(self.train_set.longest, self.val_set.longest)
+        self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
+        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
+        self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
+        ribbon = attention.Ribbon([256] * (min(max(self.max_tokens, 256), 16384) // 256), device)
+        self.compiled = fast.enabled and speed_up(
+            self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
+        self.optimizer, self.progress = training.make_optimizer(self.model, config), Progress()
+        say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
+            f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)
 
     def find_data(self):
         return hub.find_data(self.config.data)
@@ -96,7 +89,7 @@ class Trainer:
         memory = (peak_memory(self.model.device) + 8 * num_parameters) / 1e9  # AdamW's moments
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
             f"{hours:.1f} h, {memory:.1f} GB of memory, {28e-9 * num_parameters:.1f} GB of disk. "
-            f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. --out was not touched.")
+            "--out was not touched.")
 
     def steps(self):
         """Open the folder, yield the number of each step to do, from 0, and evaluate in between."""
@@ -126,19 +119,19 @@ class Trainer:
         """Show the replies to the questions, in the terminal and in the report."""
         if self.processes.rank > 0:
             return
-        assistant = self.assistant
+        asked = self.assistant
         if when == "after" and self.folder.keeps:  # what is kept is the best
             self.optimizer.state.clear()  # memory for a second model
-            assistant = Assistant.load("", self.folder.path, torch.float32, self.model.device)
+            asked = asked.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
-        prompts = [assistant.prompt([{"role": "user", "content": text}]) for text in questions]
-        written = generate(
-            assistant.model, prompts, assistant.stop, max_new_tokens=48, temperature=0, top_p=1,
+        prompts = [asked.prompt([{"role": "user", "content": text}]) for text in questions]
+        written = sampling.generate(
+            asked.model, prompts, asked.stop, max_new_tokens=48, temperature=0, top_p=1,
             repetition_penalty=REPETITION_PENALTY)
         answers = []
         say(f"{when} training:")
         for question, (tokens, ended) in zip(questions, written, strict=True):
-            reply = assistant.tokenizer.decode(tokens).strip() + ("" if ended else " …")
+            reply = asked.tokenizer.decode(tokens).strip() + ("" if ended else " …")
             answers.append([question, reply])
             say(f"  {' '.join(question.split()):.80}  ->  {' '.join(reply.split())}")
         self.folder.update(**{when: answers})
@@ -170,7 +163,6 @@ class Trainer:
                             "again, start anew with a lower --learning-rate and another --out.")
 
     def log_step(self, batches, **values):
-        """Count the step: a line in metrics.jsonl, and the progress bar."""
         progress, seconds = self.progress, time.perf_counter() - self.started
         tokens = sum(len(batch.tokens) for batch in batches)
         speed = round(tokens / seconds, 1)
@@ -189,7 +181,7 @@ class Trainer:
     def _evaluate(self):
         """Log the held-out loss; keep the model if it is the best yet. A signal cuts it short."""
         progress, started = self.progress, time.perf_counter()
-        values = len(self.val_set) and held_out_means(
+        values = len(self.val_set) and training.held_out_means(
             self.model, self.val_set, self.max_tokens, self.dtype, self.processes,
             lambda: self.stop.status and progress.step < self.total_steps,
             self.batch_type, self.terms_of, self.names)
@@ -206,9 +198,8 @@ class Trainer:
         self._log(**values)
         self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        if self.processes.rank == 0:
-            figures = figures.replace("val_", "held-out ")
-            self.bar.write(f"step {progress.step}: {figures}", file=sys.stderr)
+        self.bar.clear()
+        say(f"step {progress.step}: {figures.replace('val_', 'held-out ')}")
 
     def finish(self):
         """Leave the folder as a finished run, and show what was learned."""
@@ -217,8 +208,7 @@ class Trainer:
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         self._ask("after")
         folder.finish(peak_memory=peak)
-        say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
-            f"{peak / 1e9:.1f} GB at most")
+        say(f"{progress.step} steps, {progress.seconds:.0f} s, {peak / 1e9:.1f} GB at most")
         if len(self.val_set):
             say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
         if folder.keeps:

@@ -118,8 +118,7 @@ def printable(text):
 
 
 def side_by_side(texts, width):
-    """Texts -> one text with a column for each."""
-    texts = list(texts)
+    """A list of texts -> one text with a column for each."""
     width = max(24, width // len(texts) - 2)
     columns = [[row for line in text.split("\n") for row in textwrap.wrap(line, width) or [""]]
                for text in texts]

@@ -35,10 +35,7 @@ def open_to_read(path):
     if Path(path).is_fifo():  # reading would wait for a writer
         raise UserError(f"{path} is a pipe, not a file")
     try:
-        file = open(path, "rb")
-        if file.peek(30).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer: fetch the file with git lfs pull")
-        return file
+        return open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 

@@ -35,12 +35,10 @@ class Processes:
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=7))  # the first may take hours
 
-    def share(self, items):
-        """Every size-th item; maybe none."""
+    def share(self, items):  # maybe none
         return items[self.rank::self.size]
 
     def sum(self, *numbers):
-        """Each number, summed over all processes."""
         return self._together(dist.all_reduce, torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def largest(self, number):

@@ -407,8 +407,8 @@ def test_hidden_copies_are_no_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_pointer_of_git_lfs_is_named(name, tiny_folder, tmp_path):
+def test_a_pointer_of_git_lfs_is_refused(name, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
-    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer: fetch the file with git lfs pull"):
+    with pytest.raises(UserError, match=name):
         assistant.load_parts(folder)

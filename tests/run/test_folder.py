@@ -284,13 +284,13 @@ def test_a_run_json_of_something_else_is_named(about, tmp_path):
 @pytest.fixture
 def about(tiny_folder, records_file):
     """A function: settings and type -> what run.json says of a run with them."""
-    def about(dtype=torch.float32, weights=tiny_folder, more="", val_data=None, **changes):
+    def about(dtype=torch.float32, weights=tiny_folder, more="", val_data=None, source=None, **changes):
         data = records_file([{"prompt": "a", "completion": f"b{more}"}])
         config = TrainConfig(weights=str(weights), data=str(data), **changes)
         examples = Examples.of([([1, 2, 3], [0, 0, 1])])
         return describe(SimpleNamespace(
             config=config, sources={"weights": Found([weights / "config.json", weights / "model.safetensors"], {"name": str(weights), "from": "a folder"}),
-                                    "data": Found([data], {"name": str(data), "from": "a file"}),
+                                    "data": source or Found([data], {"name": str(data), "from": "a file"}),
                                     "val_data": find_data(val_data) if val_data else Found([], {"name": ""})},
             notes=[f"1 bad: {data}:3: not JSON"], dtype=dtype, objective="", train_set=examples, val_set=examples,
             total_steps=3, max_tokens=9, compiled=False, model=tiny_model(), processes=Processes()))
@@ -304,7 +304,9 @@ def test_run_json_holds_no_folder_of_this_machine(about, tmp_path, tiny_folder):
     assert (config["weights"], config["data"], config["out"]) == (
         tiny_folder.name, "records.jsonl", "mine")
     hub = Found([], {"name": "me/llama", "from": "Hugging Face Hub me/llama"})
-    assert run_folder.public_name(hub) == "llama"
+    described = about(source=hub)
+    assert described["config"]["data"] == described["data"]["name"] == "llama"
+    assert described["data"]["from"] == "Hugging Face Hub me/llama"
 
 
 def test_files_of_the_same_name_are_all_told(about, tmp_path):

@@ -63,7 +63,8 @@ def render(tmp_path):
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
         (tmp_path / "metrics.jsonl").write_text(lines)
         (tmp_path / "run.json").write_text(json.dumps(about))
-        return report.render(tmp_path)
+        report.write(tmp_path)
+        return [(tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "README.md")]
     return render
 
 
