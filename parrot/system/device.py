@@ -24,15 +24,18 @@ def pick_device(name):
     """auto | cpu | cuda | mps -> torch.device; UserError where this machine has none that works."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     chosen = next(device for device in here if here[device]) if name == "auto" else name
-    _, _, index = torchrun_place()  # each process has its own GPU
+    _, num_processes, index = torchrun_place()  # each process has its own GPU
     device = torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of the cache
     try:
         torch.ones(1, device=device).add(1).item()  # an old or a new card: torch may have no code
+        return device
     except Exception as error:
         fault = f"{device} does not compute: {error!s:.200}".splitlines()[0]
-        raise UserError(f"--device {name}: {fault} (--device cpu does)") from None
-    return device
+    if name != "auto" or num_processes > 1:
+        raise UserError(f"--device {name}: {fault}")
+    say(f"{fault} (computing on the CPU)")
+    return torch.device("cpu")
 
 
 def multiplies_bfloat16(device):
