@@ -89,7 +89,7 @@ class Trainer:
         memory = (peak_memory(self.model.device) + 8 * num_parameters) / 1e9  # AdamW's moments
         say(f"a ribbon of {len(batch.tokens)} tokens takes {seconds:.1f} s, all steps about "
             f"{hours:.1f} h, {memory:.1f} GB of memory, {28e-9 * num_parameters:.1f} GB of disk. "
-            "--out was not touched.")
+            f"{self.num_tokens:,.0f} tokens, {num_parameters:,} parameters. --out was not touched.")
 
     def steps(self):
         """Open the folder, yield the number of each step to do, from 0, and evaluate in between."""
@@ -122,7 +122,8 @@ class Trainer:
         asked = self.assistant
         if when == "after" and self.folder.keeps:  # what is kept is the best
             self.optimizer.state.clear()  # memory for a second model
-            asked = asked.load("", self.folder.path, torch.float32, self.model.device)
+            device = asked.model.device
+            asked = assistant.Assistant.load("", self.folder.path, torch.float32, device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
         prompts = [asked.prompt([{"role": "user", "content": text}]) for text in questions]
         written = sampling.generate(
@@ -208,7 +209,8 @@ class Trainer:
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
         self._ask("after")
         folder.finish(peak_memory=peak)
-        say(f"{progress.step} steps, {progress.seconds:.0f} s, {peak / 1e9:.1f} GB at most")
+        say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
+            f"{peak / 1e9:.1f} GB at most")
         if len(self.val_set):
             say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
         if folder.keeps:
