@@ -19,11 +19,9 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, pieces_of, with_system
 from parrot.files import cache, examples, records, rows, tokenizer
 from parrot.files.examples import Examples
 from parrot.files.hub import Found
-from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError, printable
 from parrot.system.disk import read_json, sha256_of, write_json
@@ -42,10 +40,7 @@ def prompt_hash(messages):
 
 
 def is_held_out(hashes, fraction):
-    """Whether an example is kept from training: by the hash of its prompt alone.
-
-    So a prompt is never in both sets, whatever the order of the file and the seed.
-    """
+    """Whether examples are kept from training: by their prompt alone, so none is in both sets."""
     return hashes < fraction * 2.0**63
 
 
@@ -71,8 +66,8 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
         if number and (not len(train) or len(held_out) < asked / 2):
             remarks.append(
                 f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
-                f"{asked:.1f}): there are {prompts} different prompts, and examples with the same "
-                "prompt stay together. Choose another --val-fraction (0: none), or --val-data")
+                f"{asked:.1f}): there are {prompts} different prompts, and equal ones stay "
+                "together. Choose another --val-fraction (0: none), or --val-data")
     if not len(train):
         reasons = "; ".join(remarks) or "no record"
         raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
@@ -92,15 +87,16 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_exa
     parts, places = [], defaultdict(list)
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
-        name = cache.key_of(rows.format_of(path), data.hashes[path], start, *key)
-        make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer, *recipe)
-        folder, source = cache.kept(f"data/{name}", make), rows.source_of(path)
+        sha256, source = data.hashes[path], rows.source_of(path)
+        name = cache.key_of(rows.format_of(path), sha256, start, *key)
+        make = partial(write_part, path, sha256, start, totals[path], tokenizer, *recipe)
+        folder = cache.kept(f"data/{name}", make)
         parts.append(Examples.load(folder, source))
         for remark, where in read_json(folder / "notes.json").items():
             places[remark] += [f"{source}{place}" for place in where]
         if sum(map(len, parts)) >= most:
             break
-    remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' if len(where) > 3 else ''})"
+    remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' * (len(where) > 3)})"
                for remark, where in places.items()]
     joined = Examples.joined(parts)
     joined = joined.where(np.arange(len(joined)) < most)
@@ -113,14 +109,15 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_exa
 def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, system, folder):
     """Tokenise the PART records from `start` on into `folder`; notes.json has {remark: places}."""
     bad, notes = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
-    conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
+    conversations = records.read_conversations(path, bad if skip_bad else None, start, start + PART,
+                                               pairs)
     conversations = iter(tqdm(conversations, printable(f"tokenising {path.name}"), leave=False,
                               initial=start, total=total))
     examples, numbers, hashes = [], [], []
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # uint16 for 49,152 tokens
     while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
-        pieces = [pieces_of(with_system(item.messages, system)) for item in chunk]
-        for item, (tokens, flags) in zip(chunk, encode_pieces(pieces, tokenizer), strict=True):
+        pieces = [chat.pieces_of(chat.with_system(item.messages, system)) for item in chunk]
+        for item, (tokens, flags) in zip(chunk, chat.encode_pieces(pieces, tokenizer), strict=True):
             examples.append((np.array(tokens, dtype), np.array(flags)))
             numbers.append(item.number)
             hashes.append(prompt_hash(item.messages))
@@ -128,13 +125,13 @@ def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs
                 notes[remark][item.number] = True
     Examples.of(examples, numbers, hashes).save(folder)
     if bad:
-        notes["bad records are left out"] = {f"{number}: {fault}": True for number, fault in bad}
+        notes["bad records are left out"] = [f"{number}: {fault}" for number, fault in bad]
     write_json(folder / "notes.json", {remark: list(where) for remark, where in notes.items()})
     if sha256_of(path) != sha256:
         raise UserError(f"{path} changed while it was read: start again")
 
 
-def remarks_on(conversation: Conversation):
+def remarks_on(conversation: records.Conversation):
     """Yield a remark for each way in which a conversation is not learned as it stands."""
     for key in sorted(conversation.unused):
         yield f"records have text under {key!a:.60}, which is not used"

@@ -11,8 +11,7 @@ for r, up to a term that y and z share, with log p a sum over the tokens of the 
     r(y) = beta (log p(y) - log q(y))
 
 So no model of the reward is needed: the loss is -log sigmoid(r(chosen) - r(rejected)), and q are
-the starting weights. The smaller beta, the farther log p must move until the loss is small. The
-self-play is SPIN (arXiv:2401.01335).
+the starting weights. The self-play is SPIN (arXiv:2401.01335).
 """
 
 import json
@@ -29,20 +28,16 @@ from parrot import attention, model, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DATA, WEIGHTS, Recipe
 from parrot.data import CODE, Batch
-from parrot.files import hub
-from parrot.files.cache import kept, key_of, source_hash
+from parrot.files import cache, hub, records
 from parrot.files.examples import Examples
-from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
-from parrot.sampling import generate
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program, say
 from parrot.system.device import pick_device
-from parrot.training import held_out_batches, token_losses
 from train import train
 
 # Editing what writes replies or judges them must change them: it is part of the caches' keys.
-SOURCES = [CODE, source_hash(__file__, attention, model, sampling, training)]
+SOURCES = [CODE, cache.source_hash(__file__, attention, model, sampling, training)]
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
 SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be rejected
 
@@ -66,7 +61,7 @@ class PreferenceConfig(Recipe):
 
 
 class Pairs(Examples):
-    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one: a pair."""
+    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one."""
 
     def __init__(self, examples: Examples, beta):
         index = examples.index[::2].copy()
@@ -94,7 +89,7 @@ class PairBatch(Batch):
 
 def preference_margins(model, batch: PairBatch, dtype):
     """log p(chosen) - log p(rejected) of each pair (P,)."""
-    losses = token_losses(model, batch, dtype)  # (S,), -log p of each token
+    losses = training.token_losses(model, batch, dtype)  # (S,), -log p of each token
     sums = torch.stack([part.sum() for part in losses.split(batch.counts)])  # (2 P,)
     return sums[1::2] - sums[0::2]
 
@@ -133,8 +128,8 @@ class PreferenceTrainer(Trainer):
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
-            for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
-                                                   "reference", batch_type=PairBatch):
+            for indices, batch in training.held_out_batches(
+                    pairs, self.max_tokens, self.model.device, "reference", batch_type=PairBatch):
                 margins = preference_margins(self.model, batch, self.dtype)
                 pairs.reference[indices] = margins.cpu().numpy()
         return *sets, notes
@@ -146,7 +141,8 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     assistant = Assistant.load("", weights.path, torch.float32, pick_device(config.device), "chat")
     room = assistant.model.config.max_position_embeddings - SAMPLING["max_new_tokens"]
     bad = [] if config.skip_bad_records else None
-    every = [item.messages for path in data.files for item in read_conversations(path, bad)]
+    every = [item.messages for path in data.files
+             for item in records.read_conversations(path, bad)]
     conversations = [messages for messages in every
                      if [message["role"] for message in messages] == ["user", "assistant"]
                      and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)
@@ -155,21 +151,21 @@ def self_play(config: PreferenceConfig) -> hub.Found:
         say(f"{len(bad)} bad records are left out (the first: {bad[0][0]}, {bad[0][1]})")
     say(f"self-play with {len(conversations)} of {len(every)} records: one question, one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
-        name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
-        chunk = conversations[start:start + AT_ONCE]
-        recipe = [name, seed, chunk, config.temperature, *weights.hashes.values()]
-        make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
-        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make) / name)
+        name, chunk = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
+        recipe = [name, chunk, config.temperature, config.seed + start]
+        key = cache.key_of(SOURCES, recipe, *weights.hashes.values())
+        make = partial(write_pairs, assistant, *recipe)
+        files.append(cache.kept(f"self-play/{key}", make) / name)
     pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
     pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
     return pairs
 
 
-def write_pairs(name, conversations, assistant: Assistant, temperature, seed, folder):
+def write_pairs(assistant: Assistant, name, conversations, temperature, seed, folder):
     """Pairs of which the data's reply is chosen, and one of the model's is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
-    samples = generate(assistant.model, prompts, assistant.stop, temperature=temperature,
-                       generator=torch.Generator().manual_seed(seed), **SAMPLING)
+    samples = sampling.generate(assistant.model, prompts, assistant.stop, temperature=temperature,
+                                generator=torch.Generator().manual_seed(seed), **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)

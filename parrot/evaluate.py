@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import fast
+from parrot import fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import EvaluateConfig
 from parrot.data import is_held_out, tokenised
@@ -26,11 +26,9 @@ from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.run import report
 from parrot.run.folder import public_name
-from parrot.sampling import generate
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
 from parrot.system.device import pick
-from parrot.training import held_out_batches, token_losses
 
 FACTS = Path(__file__).with_name("questions.jsonl")
 
@@ -61,23 +59,18 @@ def is_right(reply, accepted):
 
 
 def mean_and_error(losses, counts):
-    """Mean loss per token, and its standard error (NaN for a single example).
-
-    Examples were drawn at random, not tokens: the error is that of a ratio of sums.
-    """
+    """Mean loss per token and its standard error, that of a ratio of sums (NaN for one example)."""
     mean, n = losses.sum() / counts.sum(), len(losses)
     spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or math.nan)
     return float(mean), float(spread ** 0.5 / counts.sum())
 
 
 @torch.no_grad()
-def held_out_loss(model, examples: Examples):
-    """[mean, standard error], in nats per target."""
+def held_out_loss(model, examples: Examples):  # (mean, standard error), in nats per target
     counts = np.array([is_target.sum() for _, is_target in examples])
     sums = np.zeros(len(examples))
-    batches = held_out_batches(examples, 640, model.device, "held-out loss")
-    for indices, batch in batches:  # of at most 640 tokens
-        losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
+    for indices, batch in training.held_out_batches(examples, 640, model.device, "held-out loss"):
+        losses = training.token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     return mean_and_error(sums, counts)
 
@@ -87,7 +80,7 @@ def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, 
     """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
     written, generator = [], torch.Generator().manual_seed(config.seed)
     for start in tqdm(range(0, len(prompts), config.batch_size), title, leave=False):
-        written += generate(
+        written += sampling.generate(
             assistant.model, prompts[start:start + config.batch_size], assistant.stop,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=config.top_p,
             repetition_penalty=config.repetition_penalty, generator=generator)
@@ -157,11 +150,11 @@ def rows_of(results):
 def cell(value):
     if isinstance(value, tuple):
         return "{:.3f} ± {:.3f}".format(*value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return text.replace("\n", " ")
 
 
 def as_text(rows):
-    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
