@@ -28,8 +28,7 @@ class PackedLinear:
             if weight.dtype == torch.float32:
                 self.weight = None  # its own order is as good for one row
 
-    def __call__(self, x, stream=None):
-        """x (N, in) -> the product (N, all outs), added to the stream if there is one."""
+    def __call__(self, x, stream=None):  # x (N, in) -> (N, all outs), added to the stream
         if self.packed is not None and (len(x) > 1 or self.weight is None):
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         elif stream is not None and stream.dtype == self.weight.dtype:
@@ -119,6 +118,6 @@ def keeps_bfloat16(device):
 
 def pack(model, many):
     """A Llama -> a packed one where that was seen to pay (x86 with oneDNN, CUDA), else itself."""
-    is_cuda = model.device.type == "cuda"
-    pays = is_cuda or keeps_bfloat16(model.device)
-    return PackedLlama(model, many and not is_cuda) if pays else model
+    if model.device.type == "cuda":
+        return PackedLlama(model, many=False)
+    return PackedLlama(model, many) if keeps_bfloat16(model.device) else model
