@@ -2,9 +2,9 @@
 
     token -> embedding -> 30 x (attention, then MLP, each added to the stream) -> norm -> logits
 
-Tokens come as one flat ribbon, so only attention knows about documents (attention.py). Modules have
-the names of a Hugging Face checkpoint, so loading needs no table of names. If you edit this file,
-run with --plain: else fast/packed.py, which knows nothing of your edit, writes the replies.
+Tokens come as one flat ribbon, so only attention knows about documents. Modules have the names of a
+Hugging Face checkpoint. If you edit this file, run with --plain: else fast/packed.py, which knows
+nothing of your edit, writes the replies.
 
 Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.
@@ -56,8 +56,7 @@ class RMSNorm(nn.Module):
 def rope_angles(positions, head_dim, theta):
     """cos and sin of the angles of rotary embedding (arXiv:2104.09864).
 
-    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D): the
-    first pairs turn fast and tell neighbours apart, the last ones slowly, for long distances.
+    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[:, None].float() / theta ** (exponents / head_dim)  # (N, D / 2)
@@ -75,10 +74,9 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share K key/value heads (arXiv:2305.13245).
+    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads.
 
-    The key/value cache is the reason: here it holds 2 x 30 x 3 x 64 = 11,520 numbers per token;
-    with a key/value head for each of the nine query heads it would hold 34,560.
+    So the key/value cache is H / K times smaller.
     """
 
     def __init__(self, config: LlamaConfig):
