@@ -1,8 +1,7 @@
 """Conversations -> examples -> ribbons.
 
 A *conversation* (files/records.py) becomes an *example*: tokens, and for each whether it is a
-target. A *ribbon* is a micro-batch: examples laid end to end, without padding, with the rows that
-have a target. Every choice is a pure function of records and seed. Read `Batch` first.
+target. A *ribbon* is examples laid end to end, without padding. Read `Batch` first.
 """
 
 import hashlib
@@ -19,9 +18,8 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.files import cache, examples, records, rows, tokenizer
+from parrot.files import cache, examples, hub, records, rows, tokenizer
 from parrot.files.examples import Examples
-from parrot.files.hub import Found
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError, printable
 from parrot.system.disk import read_json, sha256_of, write_json
@@ -46,7 +44,7 @@ def is_held_out(hashes, fraction):
 
 # ---- conversations -> examples
 
-def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *,
+def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fraction, *,
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
@@ -66,15 +64,15 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
         if number and (not len(train) or len(held_out) < asked / 2):
             remarks.append(
                 f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
-                f"{asked:.1f}): there are {prompts} different prompts, and equal ones stay "
-                "together. Choose another --val-fraction (0: none), or --val-data")
+                f"{asked:.1f}): there are {prompts} different prompts. Choose another "
+                "--val-fraction (0: none), or --val-data")
     if not len(train):
         reasons = "; ".join(remarks) or "no record"
         raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
     return train, held_out, remarks
 
 
-def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_examples=None,
+def tokenised(data: hub.Found, tokenizer, max_length, skip_bad, pairs=False, max_examples=None,
               system=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached.
 
@@ -135,14 +133,13 @@ def remarks_on(conversation: records.Conversation):
     """Yield a remark for each way in which a conversation is not learned as it stands."""
     for key in sorted(conversation.unused):
         yield f"records have text under {key!a:.60}, which is not used"
-    replies = [turn for turn in conversation.messages if turn["role"] == "assistant"]
-    if any("weight" in reply for reply in replies):
-        yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
-    if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
-        yield "records have a reply whose first line loses its indentation"
-    texts = "".join(message["content"] for message in conversation.messages)
-    if any(name in texts for name in CONTROL):
-        yield "records spell a control token, which is read as ordinary text"
+    for message in conversation.messages:
+        if "weight" in message:
+            yield "records have replies that are not learned, only read (weight 0, or in a prompt)"
+        if message["role"] == "assistant" and re.match(r"(\s*\n)?(  |\t)", message["content"]):
+            yield "records have a reply whose first line loses its indentation"
+        if any(name in message["content"] for name in CONTROL):
+            yield "records spell a control token, which is read as ordinary text"
 
 
 # ---- examples -> ribbons
@@ -189,8 +186,7 @@ def steps_per_epoch(examples: Examples, batch_size):  # rounded up
 def examples_of_step(step, examples: Examples, batch_size, seed):
     """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    Steps differ by one example at most: a last step of three examples would move the weights as far
-    as one of 64.
+    Steps differ by one example at most: three examples would move the weights as far as 64.
     """
     steps = steps_per_epoch(examples, batch_size)
     epoch, step_of_epoch = divmod(step, steps)

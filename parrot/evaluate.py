@@ -8,7 +8,6 @@
 """
 
 import json
-import math
 import random
 import re
 import sys
@@ -54,14 +53,14 @@ def rouge_l(reply, reference):
 
 def is_right(reply, accepted):
     """Whether one of the accepted answers stands in the reply, as whole words."""
-    return any(re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower())
-               for answer in accepted)
+    answers = "|".join(map(re.escape, accepted))
+    return bool(re.search(rf"(?<!\w)({answers})(?!\w)", reply, re.IGNORECASE))
 
 
 def mean_and_error(losses, counts):
     """Mean loss per token and its standard error, that of a ratio of sums (NaN for one example)."""
     mean, n = losses.sum() / counts.sum(), len(losses)
-    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or math.nan)
+    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or np.nan)
     return float(mean), float(spread ** 0.5 / counts.sum())
 
 
@@ -134,8 +133,7 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
     examples = examples.where(is_held_out(examples.hashes, config.val_fraction))
     say(*remarks)
     if not len(examples):
-        raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out no example "
-                        f"of at most {limit} tokens")
+        raise UserError(f"--val-fraction holds out no example of at most {limit} tokens")
     return {"model": assistant.name, "data": public_name(data), "held-out examples": len(examples),
             "held-out loss": held_out_loss(assistant.model, examples),
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
