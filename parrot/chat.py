@@ -87,16 +87,12 @@ def prompt_pieces(messages, system=None):
     return [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
 
 
-def encode_prompt(messages, tokenizer: Tokenizer, system=None):
-    """Messages, led by `system` -> the tokens of the prompt."""
+def encode_prompt(messages, tokenizer: Tokenizer, system=None):  # -> the tokens of the prompt
     return encode_pieces([prompt_pieces(messages, system)], tokenizer)[0][0]
 
 
 def default_system(template, folder="the model"):
-    """The system turn that a chat template adds where there is none, or None.
-
-    UserError if it does not write our turns. It is played in the sandbox, as in transformers.
-    """
+    """The system turn that a chat template adds, or None. UserError: it writes other turns."""
     turns = [{"role": role, "content": f"{role}: KIND, 'x' < {{1}}\n\n\té."}
              for role in ("user", "assistant", "user", "assistant", "user")]
     trials = turns[:1], turns, [{**turns[0], "role": "system"}, *turns]

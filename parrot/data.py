@@ -58,14 +58,13 @@ def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fractio
         if both := np.isin(held_out.hashes, train.hashes).sum():
             remarks.append(f"{both} held-out examples have a prompt that is trained on")
     else:
-        number, asked, prompts = len(train), len(train) * val_fraction, len(set(train.hashes))
         mask = is_held_out(train.hashes, val_fraction)
-        train, held_out = train.where(~mask), train.where(mask)
-        if number and (not len(train) or len(held_out) < asked / 2):
+        if len(mask) and (mask.all() or mask.mean() < val_fraction / 2):
             remarks.append(
-                f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
-                f"{asked:.1f}): there are {prompts} different prompts. Choose another "
-                "--val-fraction (0: none), or --val-data")
+                f"{mask.sum()} of {len(mask)} examples are held out (--val-fraction asks for "
+                f"{len(mask) * val_fraction:.1f}): there are {len(set(train.hashes))} different "
+                "prompts. Choose another --val-fraction (0: none), or --val-data")
+        train, held_out = train.where(~mask), train.where(mask)
     if not len(train):
         reasons = "; ".join(remarks) or "no record"
         raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
@@ -168,7 +167,6 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Examples, indices, device="cpu"):
-        """Lay examples[indices] end to end -> Batch."""
         parts = [examples[index] for index in indices]
         tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
         # A document's first token is never a target, so a row and its target never lie in two.

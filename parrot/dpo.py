@@ -19,7 +19,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -46,8 +45,7 @@ SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be 
 class PreferenceConfig(Recipe):
     weights: str = option("out/littleparrot", f"the policy's start, and the reference: {WEIGHTS}")
     data: list[str] | str | None = option(None, "pairs: records with prompt, chosen, rejected")
-    self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
-                                   f"own replies: {DATA}")
+    self_play: str | None = option(None, f"in place of pairs: data with better replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
     temperature: float = option(0.0, "of self-play's replies; 0: greedy", at_least=0)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
@@ -68,7 +66,7 @@ class Pairs(Examples):
         index[:, 2] += examples.lengths[1::2]
         super().__init__(examples.parts, index)
         self.examples, self.longest, self.beta = examples, examples.longest, beta
-        self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
+        self.reference = torch.zeros(len(self))  # log q(chosen) - log q(rejected)
 
 
 @dataclass
@@ -82,7 +80,7 @@ class PairBatch(Batch):
     def of(cls, pairs: Pairs, indices, device="cpu"):
         rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
         counts = [int(pairs.examples[row][1].sum()) for row in rows]
-        reference = torch.from_numpy(pairs.reference[indices]).to(device)
+        reference = pairs.reference[indices].to(device)
         laid = {**vars(Batch.of(pairs.examples, rows, device)), "num_terms": len(indices)}
         return cls(**laid, counts=counts, reference=reference, beta=pairs.beta)
 
@@ -130,8 +128,7 @@ class PreferenceTrainer(Trainer):
         for pairs in sets:
             for indices, batch in training.held_out_batches(
                     pairs, self.max_tokens, self.model.device, "reference", batch_type=PairBatch):
-                margins = preference_margins(self.model, batch, self.dtype)
-                pairs.reference[indices] = margins.cpu().numpy()
+                pairs.reference[indices] = preference_margins(self.model, batch, self.dtype).cpu()
         return *sets, notes
 
 

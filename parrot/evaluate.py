@@ -139,8 +139,7 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
 
 
-def rows_of(results):
-    """A row for each measure, a column for each model."""
+def rows_of(results):  # one for each measure, with a column for each model
     titles = dict.fromkeys(title for result in results for title in result)
     return [[title, *(cell(result.get(title, "")) for result in results)] for title in titles]
 
@@ -158,7 +157,6 @@ def as_text(rows):
 
 
 def main():
-    """The command: a table, or JSON, on stdout."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
@@ -173,9 +171,8 @@ def main():
 
 def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):
     """Say so if the run in this folder was trained on what is held out now."""
-    about = report.read_if_there(folder / "run.json")
     with report.contents_of(folder / "run.json"):
-        if about:
+        if about := report.read_if_there(folder / "run.json"):
             before = about["config"]
             fraction = 0 if before.get("val_data") else before["val_fraction"]
             shared = set(about["data"]["files"].values()) & set(data.hashes.values())

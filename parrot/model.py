@@ -74,10 +74,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads.
-
-    So the key/value cache is H / K times smaller.
-    """
+    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

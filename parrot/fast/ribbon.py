@@ -1,10 +1,7 @@
-"""attention.Ribbon.attend, faster: which kernel takes the documents of a ribbon.
+"""attention.Ribbon.attend, faster: by kernels that keep no weight for each pair of tokens.
 
-    CUDA, 16 bits, compute capability 8.0  torch's varlen_attn: all documents in one call
-    the rest                               torch's own attention, a document at a time
-
-Neither keeps a weight for each pair of tokens. The quick start trains 7% faster than by the formula
-(two cores, float32). Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
+The quick start trains 7% faster than by the formula (two cores, float32).
+Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
 """
 
 import torch
@@ -25,7 +22,7 @@ class FastAttention:
             self.seams = seams.to(device, torch.int32)
 
     def has_kernel(self, dtype, head_dim):
-        """Whether varlen_attn takes the ribbon."""
+        """Whether torch's varlen_attn takes the ribbon, all documents in one call."""
         is_known = dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
         return self.seams is not None and is_known
 
