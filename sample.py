@@ -25,15 +25,14 @@ from parrot.system.console import UserError, printable, refuse, run_program, say
 from parrot.system.device import pick
 
 
-def main():
-    """The command: replies on stdout, everything else on stderr."""
+def main():  # replies on stdout, everything else on stderr
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
     if config.compare:
-        texts = [f"{name}\n\n{reply(load(name, config), question, config)}"
+        texts = [printable(f"{name}\n\n{reply(load(name, config), question, config)}")
                  for name in config.compare]
-        return print(side_by_side(map(printable, texts), shutil.get_terminal_size().columns))
+        return print(side_by_side(texts, shutil.get_terminal_size().columns))
     assistant = load(config.model or newest_run(), config)
     if config.prompt is None:
         return chat(assistant, config)

@@ -110,7 +110,6 @@ class KVCache:
         self.filled = self.filled[rows]
 
     def step(self) -> Step:
-        """The layout of the next token of every sequence."""
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
         return Step(self, positions)

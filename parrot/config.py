@@ -11,8 +11,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("bfloat16", "float16", "float32")
 REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuation: see sampling.py
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
-DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "
-        "dataset id; with :test, the part of that name")
+DATA = "dolly | quickstart | .jsonl, .json, .csv, .parquet files or a folder | a Hub id, or id:test"
 
 # One epoch: two more memorise the few examples (held-out loss 2.13, 2.20, 2.37).
 QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
@@ -62,8 +61,7 @@ class Recipe(Machine):  # of train.py and parrot.dpo
         if self.min_learning_rate is None:
             self.min_learning_rate = self.learning_rate / 10
 
-    def contradictions(self):
-        """{what does not fit together: whether it is so}"""
+    def contradictions(self):  # {what does not fit together: whether it is so}
         return {
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,

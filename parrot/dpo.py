@@ -121,8 +121,7 @@ class PreferenceTrainer(Trainer):
         return super().find_data() if self.config.data else self_play(self.config)
 
     @torch.no_grad()
-    def load_data(self):
-        """Pairs to train on, held-out Pairs, remarks; the model is still the reference."""
+    def load_data(self):  # the model is still the reference
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:

@@ -139,11 +139,6 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
 
 
-def rows_of(results):  # one for each measure, with a column for each model
-    titles = dict.fromkeys(title for result in results for title in result)
-    return [[title, *(cell(result.get(title, "")) for result in results)] for title in titles]
-
-
 def cell(value):
     if isinstance(value, tuple):
         return "{:.3f} ± {:.3f}".format(*value)
@@ -151,7 +146,10 @@ def cell(value):
     return text.replace("\n", " ")
 
 
-def as_text(rows):
+def as_text(results):
+    """A row for each measure, a column for each model."""
+    titles = dict.fromkeys(title for result in results for title in result)
+    rows = [[title, *(cell(result.get(title, "")) for result in results)] for title in titles]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -166,7 +164,7 @@ def main():
     device, dtype = pick(config.device, config.dtype)
     results = [evaluate(Assistant.load(name, folder, dtype, device, "chat"), data, config)
                for name, folder in folders.items()]
-    print(json.dumps(results, indent=2) if config.json else as_text(rows_of(results)))
+    print(json.dumps(results, indent=2) if config.json else as_text(results))
 
 
 def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):

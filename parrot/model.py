@@ -125,9 +125,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaBody(nn.Module):
-    """Everything but the last matrix."""
-
+class LlamaBody(nn.Module):  # everything but the last matrix
     def __init__(self, config: LlamaConfig):
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size)  # spares nn.Embedding's init

@@ -40,9 +40,7 @@ class PackedLinear:
         return y if stream is None else stream + y
 
 
-class PackedBlock:
-    """model.Block in four products."""
-
+class PackedBlock:  # model.Block in four products
     def __init__(self, block, many):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
         norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
@@ -58,9 +56,7 @@ class PackedBlock:
         self.down_proj = PackedLinear(many, mlp.down_proj.weight)
 
 
-class PackedLlama:
-    """A model.Llama that only writes."""
-
+class PackedLlama:  # a model.Llama that only writes
     def __init__(self, model, many=True):
         self.config, self.device = model.config, model.device
         is_slow = model.device.type == "cpu" and not multiplies_bfloat16(model.device)
@@ -72,8 +68,7 @@ class PackedLlama:
         self.lm_head = PackedLinear(many, model.lm_head.weight)
         self.least = torch.tensor((model.config.hidden_size * model.config.rms_norm_eps) ** 0.5)
 
-    def normed(self, linear, x):
-        """`linear` of x (N, C), whose rows get root mean square 1."""
+    def normed(self, linear, x):  # `linear` of x (N, C), its rows at root mean square 1
         C, eps = self.config.hidden_size, self.config.rms_norm_eps
         if x.is_cuda:  # one kernel; on a CPU the rest is faster, and the root of C is in `linear`
             return linear(F.rms_norm(x, (C,), eps=eps))

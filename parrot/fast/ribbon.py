@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attention_by_torch(q, k, v, visible):
-    """attention.attention in one operation."""
+def attention_by_torch(q, k, v, visible):  # attention.attention in one operation
     return F.scaled_dot_product_attention(q, k, v, visible)
 
 
@@ -28,8 +27,7 @@ class FastAttention:
 
     def attend(self, q, k, v):
         """Causal attention inside each document: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
-        # As many key/value heads as query heads: with fewer, torch has no kernel for older cards
-        # that does without n x n weights.
+        # With fewer key/value than query heads, kernels for older cards keep n x n weights.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
         if self.has_kernel(q.dtype, q.shape[-1]):
             seams, longest = self.seams, self.longest
