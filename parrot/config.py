@@ -13,7 +13,6 @@ REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuati
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
 DATA = "dolly | quickstart | .jsonl, .json, .csv, .parquet files or a folder | a Hub id, or id:test"
 
-# One epoch: two more memorise the few examples (held-out loss 2.13, 2.20, 2.37).
 QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
               "epochs": 1, "batch_size": 8, "learning_rate": 2e-4, "val_fraction": 0.1}
 

@@ -106,13 +106,12 @@ def tokenised(data: hub.Found, tokenizer, max_length, skip_bad, pairs=False, max
 def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, system, folder):
     """Tokenise the PART records from `start` on into `folder`; notes.json has {remark: places}."""
     bad, notes = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
-    conversations = records.read_conversations(path, bad if skip_bad else None, start, start + PART,
-                                               pairs)
-    conversations = iter(tqdm(conversations, printable(f"tokenising {path.name}"), leave=False,
-                              initial=start, total=total))
+    items = records.read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
+    items = iter(tqdm(items, printable(f"tokenising {path.name}"), leave=False, initial=start,
+                      total=total))
     examples, numbers, hashes = [], [], []
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # uint16 for 49,152 tokens
-    while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
+    while chunk := list(islice(items, 2048)):  # a batch uses all cores
         pieces = [chat.pieces_of(chat.with_system(item.messages, system)) for item in chunk]
         for item, (tokens, flags) in zip(chunk, chat.encode_pieces(pieces, tokenizer), strict=True):
             examples.append((np.array(tokens, dtype), np.array(flags)))

@@ -137,8 +137,7 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     assistant = Assistant.load("", weights.path, torch.float32, pick_device(config.device), "chat")
     room = assistant.model.config.max_position_embeddings - SAMPLING["max_new_tokens"]
     bad = [] if config.skip_bad_records else None
-    every = [item.messages for path in data.files
-             for item in records.read_conversations(path, bad)]
+    every = [item.messages for path in data.files for item in records.read_conversations(path, bad)]
     conversations = [messages for messages in every
                      if [message["role"] for message in messages] == ["user", "assistant"]
                      and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)

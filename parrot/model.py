@@ -20,8 +20,7 @@ from parrot.files import model_folder
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of the network, under the names of a Hugging Face config.json."""
+class LlamaConfig:  # in the words of a Hugging Face config.json
     vocab_size: int  # V
     hidden_size: int  # C
     intermediate_size: int  # M
