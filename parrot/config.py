@@ -72,8 +72,7 @@ class Recipe(Machine):  # of train.py and parrot.dpo
 
 @dataclass
 class TrainConfig(Recipe):
-    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
+    quickstart: bool = option(False, f"preset for a laptop's CPU, minutes: {QUICKSTART}")
     QUICKSTART = QUICKSTART
 
 
