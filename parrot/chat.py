@@ -105,8 +105,8 @@ def default_system(template, folder="the model"):
         ours = ["".join(text for text, _ in prompt_pieces(trial, system)) for trial in trials]
         if played == ours:
             return system
-    raise UserError(f"{folder} has a chat template that does not write the turns of chat.py, such "
-                    "as <|im_start|>user: use another model, or sample.py --format plain")
+    raise UserError(f"{folder} has a chat template that does not write the turns of chat.py: use "
+                    "another model, or continue a text with sample.py --format plain")
 
 
 def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):

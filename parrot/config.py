@@ -64,7 +64,7 @@ class Recipe(Machine):  # of train.py and parrot.dpo
         return {
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,
-            "--resume and --keep no: it would be lost": self.resume and self.keep == "no",
+            "--resume and --keep no: the run would be lost": self.resume and self.keep == "no",
             f"--out {self.out!a} is not UTF-8, which safetensors needs":
                 self.out.encode("utf-8", "ignore").decode() != self.out,
             f"--out {self.out} is the name of a model": self.out in WEIGHTS.split(" | ")}

@@ -66,8 +66,8 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
 def make_optimizer(model: Llama, config: TrainConfig):
     """AdamW (arXiv:1711.05101): weight -= lr * mean gradient / root of the mean square.
 
-    Both means are running, over as many steps as the betas say. And matrices shrink by lr *
-    weight_decay of their value per step; at 0 the scales of a norm would silence a layer.
+    Both means are running; the betas set over how many steps. Matrices also shrink by lr *
+    weight_decay of their value per step. The norms' scales do not: at 0 they silence a layer.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     scales = [p for p in model.parameters() if p.dim() < 2]

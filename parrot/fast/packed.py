@@ -28,7 +28,7 @@ class PackedLinear:
             if weight.dtype == torch.float32:
                 self.weight = None  # its own order is as good for one row
 
-    def __call__(self, x, stream=None):  # x (N, in) -> (N, all outs), added to the stream
+    def __call__(self, x, stream=None):  # x (N, in) -> (N, all outs), added to any stream
         if self.packed is not None and (len(x) > 1 or self.weight is None):
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         elif stream is not None and stream.dtype == self.weight.dtype:
