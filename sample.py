@@ -25,8 +25,7 @@ from parrot.system.console import UserError, printable, refuse, run_program, say
 from parrot.system.device import pick
 
 
-def main():
-    """The command: replies on stdout, everything else on stderr."""
+def main():  # replies on stdout, everything else on stderr
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
@@ -47,8 +46,7 @@ def newest_run():
     models = [path for name in ("littleparrot", "quickstart")
               if (path := Path("out", name, "model.safetensors")).is_file()]
     if not models:
-        raise UserError("nothing has been trained yet. Run: python train.py --quickstart   "
-                        "(or name a model: --model instruct-q4)")
+        raise UserError("no run yet: python train.py --quickstart, or use --model instruct-q4")
     return str(max(models, key=lambda path: path.stat().st_mtime).parent)
 
 

@@ -84,15 +84,14 @@ class Ribbon:
 class KVCache:
     """The keys and values that B sequences have so far: a new token costs the work of one token.
 
-    First the model reads the prompts, `model(tokens, cache.prefill(lengths))`, then again and again
-    a token for each: `model(tokens, cache.step())`.
+    First `model(tokens, cache.prefill(lengths))` reads the prompts, then again and again
+    `model(tokens, cache.step())` a token for each.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads,
-                 capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, T, D)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.keys = torch.zeros(layers, batch_size, K, capacity, D, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)  # (layers, B, K, T, D)
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
         self.is_cuda = self.filled.device.type == "cuda"
 
@@ -111,7 +110,6 @@ class KVCache:
         self.filled = self.filled[rows]
 
     def step(self) -> Step:
-        """The layout of the next token of every sequence."""
         positions = self.filled.clone()  # (B,)
         self.filled += 1  # in place, so that fast/captured.py can replay it
         return Step(self, positions)

@@ -10,6 +10,7 @@ A reply's end is always a target, so the model learns to stop. See it: python -m
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -18,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from parrot.files import hub, records
 from parrot.files.tokenizer import IM_END, IM_START, Tokenizer
 from parrot.system.command_line import option, parse
-from parrot.system.console import printable, refuse, run_program, say
+from parrot.system.console import UserError, printable, run_program, say
 
 # For a trained folder, so that other software builds exactly our tokens. Texts are trimmed: white
 # space before a reply would merge with the "\n".
@@ -30,10 +31,10 @@ CHAT_TEMPLATE = (
 
 
 class Control(str):
-    """The name of a control token. Only this file puts control tokens among the tokens."""
+    """The name of a control token; a plain str is ordinary text. Only this file makes them."""
 
 
-IM_START, IM_END = Control(IM_START), Control(IM_END)  # a plain str would be ordinary text
+IM_START, IM_END = Control(IM_START), Control(IM_END)
 
 
 def pieces_of(messages):
@@ -86,34 +87,26 @@ def prompt_pieces(messages, system=None):
     return [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
 
 
-def encode_prompt(messages, tokenizer: Tokenizer, system=None):
-    """Messages, led by `system` -> the tokens of the prompt."""
+def encode_prompt(messages, tokenizer: Tokenizer, system=None):  # -> the tokens of the prompt
     return encode_pieces([prompt_pieces(messages, system)], tokenizer)[0][0]
 
 
 def default_system(template, folder="the model"):
-    """The system turn that a chat template adds where there is none, or None.
-
-    UserError if it does not write our turns. It is played in the sandbox, as in transformers.
-    """
+    """The system turn that a chat template adds, or None. UserError: it writes other turns."""
     turns = [{"role": role, "content": f"{role}: KIND, 'x' < {{1}}\n\n\té."}
              for role in ("user", "assistant", "user", "assistant", "user")]
     trials = turns[:1], turns, [{**turns[0], "role": "system"}, *turns]
-    try:
+    names = {"add_generation_prompt": True, "bos_token": "<bos>", "eos_token": "<eos>"}
+    with suppress(Exception):  # whatever somebody else's program stumbles over
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        played = [jinja.from_string(template).render(
-            messages=messages, add_generation_prompt=True, bos_token="<bos>", eos_token="<eos>")
-            for messages in trials]
+        played = [jinja.from_string(template).render(names, messages=trial) for trial in trials]
         _, found, rest = played[0].partition(f"{IM_START}system\n")
         system = rest.partition(IM_END)[0] if found else None
-        is_ours = played == ["".join(text for text, _ in prompt_pieces(messages, system))
-                             for messages in trials]
-    except Exception:  # whatever somebody else's program stumbles over
-        is_ours = False
-    refuse(folder, {"has a chat template that does not write the turns of chat.py (<|im_start|>role"
-                    " and a text<|im_end|>, a line each): use another model, or sample.py --format "
-                    "plain to continue a text": not is_ours})
-    return system
+        ours = ["".join(text for text, _ in prompt_pieces(trial, system)) for trial in trials]
+        if played == ours:
+            return system
+    raise UserError(f"{folder} has a chat template that does not write the turns of chat.py: use "
+                    "another model, or continue a text with sample.py --format plain")
 
 
 def coloured(tokens, is_target, tokenizer: Tokenizer, colour=True):

@@ -11,10 +11,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("bfloat16", "float16", "float32")
 REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuation: see sampling.py
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
-DATA = ("dolly | quickstart | .jsonl, .json, .csv or .parquet files, or a folder of them | a Hub "
-        "dataset id; with :test, the part of that name")
+DATA = "dolly | quickstart | .jsonl, .json, .csv, .parquet files or a folder | a Hub id, or id:test"
 
-# One epoch: two more memorise the few examples (held-out loss 2.13, 2.20, 2.37).
 QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quickstart",
               "epochs": 1, "batch_size": 8, "learning_rate": 2e-4, "val_fraction": 0.1}
 
@@ -27,8 +25,7 @@ class Machine:
 
 
 @dataclass
-class Recipe(Machine):
-    """What train.py and parrot.dpo share."""
+class Recipe(Machine):  # of train.py and parrot.dpo
     weights: str = option("base", f"what to start from: {WEIGHTS}")
     data: list[str] | str = option("dolly", f"what to train on: {DATA}")
     val_data: str | None = option(None, "held-out data: a split of --data, or what --data takes")
@@ -38,8 +35,7 @@ class Recipe(Machine):
     max_steps: int | None = option(None, "steps after which run and schedule end", at_least=1)
     batch_size: int = option(64, "examples in one step, at most", at_least=1, at_most=10**9)
     micro_batch_size: int | None = option(None, "examples per forward", at_least=1, may_change=True)
-    micro_batch_tokens: int | None = option(None, "tokens in one forward; default: by the device",
-                                            at_least=1, may_change=True)
+    micro_batch_tokens: int | None = option(None, "tokens per forward", at_least=1, may_change=True)
     max_length: int = option(2048, "longer examples (in tokens) are left out", at_least=8)
     learning_rate: float = option(5e-5, "the peak; at 3e-4 three epochs memorise Dolly", above=0)
     min_learning_rate: float | None = option(None, "at the end; default: peak / 10", at_least=0)
@@ -64,23 +60,19 @@ class Recipe(Machine):
         if self.min_learning_rate is None:
             self.min_learning_rate = self.learning_rate / 10
 
-    def contradictions(self):
-        """{what does not fit together: whether it is so}"""
+    def contradictions(self):  # {what does not fit together: whether it is so}
         return {
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,
-            "--resume and --keep no: what it learned would be lost":
-                self.resume and self.keep == "no",
+            "--resume and --keep no: the run would be lost": self.resume and self.keep == "no",
             f"--out {self.out!a} is not UTF-8, which safetensors needs":
                 self.out.encode("utf-8", "ignore").decode() != self.out,
-            f"--out {self.out} is the name of a model: choose another folder":
-                self.out in WEIGHTS.split(" | ")}
+            f"--out {self.out} is the name of a model": self.out in WEIGHTS.split(" | ")}
 
 
 @dataclass
 class TrainConfig(Recipe):
-    quickstart: bool = option(False, "preset for a laptop's CPU, minutes: " + " ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in QUICKSTART.items()))
+    quickstart: bool = option(False, f"preset for a laptop's CPU, minutes: {QUICKSTART}")
     QUICKSTART = QUICKSTART
 
 
@@ -97,8 +89,7 @@ class SampleConfig(Writing):
     model: str | None = option(None, f"{WEIGHTS}; default: what was trained last")
     prompt: str | None = option(None, "what to ask; without it: a chat in the terminal")
     system: str | None = option(None, "the system turn; '': none, not even the template's own")
-    format: str = option("auto", "chat, or continue the text; auto: chat if there is a template",
-                         choices=("auto", "chat", "plain"))
+    format: str = option("auto", "plain: continue the text", choices=("auto", "chat", "plain"))
     compare: list[str] | None = option(None, "the same prompt to several models, side by side")
     num_samples: int = option(1, "replies to the prompt", at_least=1, at_most=10**5)
     seed: int | None = option(None, "same seed, same reply", at_least=0, at_most=2**63 - 1)

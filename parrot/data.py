@@ -1,8 +1,7 @@
 """Conversations -> examples -> ribbons.
 
 A *conversation* (files/records.py) becomes an *example*: tokens, and for each whether it is a
-target. A *ribbon* is a micro-batch: examples laid end to end, without padding, with the rows that
-have a target. Every choice is a pure function of records and seed. Read `Batch` first.
+target. A *ribbon* is examples laid end to end, without padding. Read `Batch` first.
 """
 
 import hashlib
@@ -19,11 +18,8 @@ from tqdm import tqdm
 
 from parrot import chat
 from parrot.attention import Ribbon
-from parrot.chat import encode_pieces, pieces_of, with_system
-from parrot.files import cache, examples, records, rows, tokenizer
+from parrot.files import cache, examples, hub, records, rows, tokenizer
 from parrot.files.examples import Examples
-from parrot.files.hub import Found
-from parrot.files.records import Conversation, read_conversations
 from parrot.files.tokenizer import CONTROL, Tokenizer
 from parrot.system.console import UserError, printable
 from parrot.system.disk import read_json, sha256_of, write_json
@@ -42,16 +38,13 @@ def prompt_hash(messages):
 
 
 def is_held_out(hashes, fraction):
-    """Whether an example is kept from training: by the hash of its prompt alone.
-
-    So a prompt is never in both sets, whatever the order of the file and the seed.
-    """
+    """Whether examples are kept from training: by their prompt alone, so none is in both sets."""
     return hashes < fraction * 2.0**63
 
 
 # ---- conversations -> examples
 
-def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *,
+def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fraction, *,
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
@@ -65,21 +58,20 @@ def load_examples(data: Found, tokenizer: Tokenizer, max_length, val_fraction, *
         if both := np.isin(held_out.hashes, train.hashes).sum():
             remarks.append(f"{both} held-out examples have a prompt that is trained on")
     else:
-        number, asked, prompts = len(train), len(train) * val_fraction, len(set(train.hashes))
         mask = is_held_out(train.hashes, val_fraction)
-        train, held_out = train.where(~mask), train.where(mask)
-        if number and (not len(train) or len(held_out) < asked / 2):
+        if len(mask) and (mask.all() or mask.mean() < val_fraction / 2):
             remarks.append(
-                f"{len(held_out)} of {number} examples are held out (--val-fraction asks for "
-                f"{asked:.1f}): there are {prompts} different prompts, and examples with the same "
-                "prompt stay together. Choose another --val-fraction (0: none), or --val-data")
+                f"{mask.sum()} of {len(mask)} examples are held out (--val-fraction asks for "
+                f"{len(mask) * val_fraction:.1f}): there are {len(set(train.hashes))} different "
+                "prompts. Choose another --val-fraction (0: none), or --val-data")
+        train, held_out = train.where(~mask), train.where(mask)
     if not len(train):
         reasons = "; ".join(remarks) or "no record"
         raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
     return train, held_out, remarks
 
 
-def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_examples=None,
+def tokenised(data: hub.Found, tokenizer, max_length, skip_bad, pairs=False, max_examples=None,
               system=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached.
 
@@ -92,15 +84,16 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_exa
     parts, places = [], defaultdict(list)
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
-        name = cache.key_of(rows.format_of(path), data.hashes[path], start, *key)
-        make = partial(write_part, path, data.hashes[path], start, totals[path], tokenizer, *recipe)
-        folder, source = cache.kept(f"data/{name}", make), rows.source_of(path)
+        sha256, source = data.hashes[path], rows.source_of(path)
+        name = cache.key_of(rows.format_of(path), sha256, start, *key)
+        make = partial(write_part, path, sha256, start, totals[path], tokenizer, *recipe)
+        folder = cache.kept(f"data/{name}", make)
         parts.append(Examples.load(folder, source))
         for remark, where in read_json(folder / "notes.json").items():
             places[remark] += [f"{source}{place}" for place in where]
         if sum(map(len, parts)) >= most:
             break
-    remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' if len(where) > 3 else ''})"
+    remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' * (len(where) > 3)})"
                for remark, where in places.items()]
     joined = Examples.joined(parts)
     joined = joined.where(np.arange(len(joined)) < most)
@@ -113,14 +106,14 @@ def tokenised(data: Found, tokenizer, max_length, skip_bad, pairs=False, max_exa
 def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs, system, folder):
     """Tokenise the PART records from `start` on into `folder`; notes.json has {remark: places}."""
     bad, notes = [], defaultdict(dict)  # {remark: {number: True}}: a pair counts once
-    conversations = read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
-    conversations = iter(tqdm(conversations, printable(f"tokenising {path.name}"), leave=False,
-                              initial=start, total=total))
+    items = records.read_conversations(path, bad if skip_bad else None, start, start + PART, pairs)
+    items = iter(tqdm(items, printable(f"tokenising {path.name}"), leave=False, initial=start,
+                      total=total))
     examples, numbers, hashes = [], [], []
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # uint16 for 49,152 tokens
-    while chunk := list(islice(conversations, 2048)):  # a batch uses all cores
-        pieces = [pieces_of(with_system(item.messages, system)) for item in chunk]
-        for item, (tokens, flags) in zip(chunk, encode_pieces(pieces, tokenizer), strict=True):
+    while chunk := list(islice(items, 2048)):  # a batch uses all cores
+        pieces = [chat.pieces_of(chat.with_system(item.messages, system)) for item in chunk]
+        for item, (tokens, flags) in zip(chunk, chat.encode_pieces(pieces, tokenizer), strict=True):
             examples.append((np.array(tokens, dtype), np.array(flags)))
             numbers.append(item.number)
             hashes.append(prompt_hash(item.messages))
@@ -128,24 +121,23 @@ def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs
                 notes[remark][item.number] = True
     Examples.of(examples, numbers, hashes).save(folder)
     if bad:
-        notes["bad records are left out"] = {f"{number}: {fault}": True for number, fault in bad}
+        notes["bad records are left out"] = [f"{number}: {fault}" for number, fault in bad]
     write_json(folder / "notes.json", {remark: list(where) for remark, where in notes.items()})
     if sha256_of(path) != sha256:
         raise UserError(f"{path} changed while it was read: start again")
 
 
-def remarks_on(conversation: Conversation):
+def remarks_on(conversation: records.Conversation):
     """Yield a remark for each way in which a conversation is not learned as it stands."""
     for key in sorted(conversation.unused):
         yield f"records have text under {key!a:.60}, which is not used"
-    replies = [turn for turn in conversation.messages if turn["role"] == "assistant"]
-    if any("weight" in reply for reply in replies):
-        yield "records have replies that are not learned, only read (weight 0, or in the prompt)"
-    if any(re.match(r"(\s*\n)?(  |\t)", reply["content"]) for reply in replies):
-        yield "records have a reply whose first line loses its indentation"
-    texts = "".join(message["content"] for message in conversation.messages)
-    if any(name in texts for name in CONTROL):
-        yield "records spell a control token, which is read as ordinary text"
+    for message in conversation.messages:
+        if "weight" in message:
+            yield "records have replies that are not learned, only read (weight 0, or in a prompt)"
+        if message["role"] == "assistant" and re.match(r"(\s*\n)?(  |\t)", message["content"]):
+            yield "records have a reply whose first line loses its indentation"
+        if any(name in message["content"] for name in CONTROL):
+            yield "records spell a control token, which is read as ordinary text"
 
 
 # ---- examples -> ribbons
@@ -174,7 +166,6 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Examples, indices, device="cpu"):
-        """Lay examples[indices] end to end -> Batch."""
         parts = [examples[index] for index in indices]
         tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
         # A document's first token is never a target, so a row and its target never lie in two.
@@ -192,8 +183,7 @@ def steps_per_epoch(examples: Examples, batch_size):  # rounded up
 def examples_of_step(step, examples: Examples, batch_size, seed):
     """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
 
-    Steps differ by one example at most: a last step of three examples would move the weights as far
-    as one of 64.
+    Steps differ by one example at most: three examples would move the weights as far as 64.
     """
     steps = steps_per_epoch(examples, batch_size)
     epoch, step_of_epoch = divmod(step, steps)

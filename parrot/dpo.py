@@ -11,8 +11,7 @@ for r, up to a term that y and z share, with log p a sum over the tokens of the 
     r(y) = beta (log p(y) - log q(y))
 
 So no model of the reward is needed: the loss is -log sigmoid(r(chosen) - r(rejected)), and q are
-the starting weights. The smaller beta, the farther log p must move until the loss is small. The
-self-play is SPIN (arXiv:2401.01335).
+the starting weights. The self-play is SPIN (arXiv:2401.01335).
 """
 
 import json
@@ -20,7 +19,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -29,20 +27,16 @@ from parrot import attention, model, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import DATA, WEIGHTS, Recipe
 from parrot.data import CODE, Batch
-from parrot.files import hub
-from parrot.files.cache import kept, key_of, source_hash
+from parrot.files import cache, hub, records
 from parrot.files.examples import Examples
-from parrot.files.records import read_conversations
 from parrot.run.trainer import Trainer
-from parrot.sampling import generate
 from parrot.system.command_line import option, parse
 from parrot.system.console import run_program, say
 from parrot.system.device import pick_device
-from parrot.training import held_out_batches, token_losses
 from train import train
 
 # Editing what writes replies or judges them must change them: it is part of the caches' keys.
-SOURCES = [CODE, source_hash(__file__, attention, model, sampling, training)]
+SOURCES = [CODE, cache.source_hash(__file__, attention, model, sampling, training)]
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
 SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be rejected
 
@@ -51,8 +45,7 @@ SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be 
 class PreferenceConfig(Recipe):
     weights: str = option("out/littleparrot", f"the policy's start, and the reference: {WEIGHTS}")
     data: list[str] | str | None = option(None, "pairs: records with prompt, chosen, rejected")
-    self_play: str | None = option(None, "in place of pairs: data, to be preferred to the model's "
-                                   f"own replies: {DATA}")
+    self_play: str | None = option(None, f"in place of pairs: data with better replies: {DATA}")
     out: str = option("out/preferred", "the run's folder", may_change=True)
     temperature: float = option(0.0, "of self-play's replies; 0: greedy", at_least=0)
     beta: float = option(0.1, "the price of moving away from the reference", above=0)
@@ -66,14 +59,14 @@ class PreferenceConfig(Recipe):
 
 
 class Pairs(Examples):
-    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one: a pair."""
+    """Examples 2 i (chosen) and 2 i + 1 (rejected), which lie end to end, as one."""
 
     def __init__(self, examples: Examples, beta):
         index = examples.index[::2].copy()
         index[:, 2] += examples.lengths[1::2]
         super().__init__(examples.parts, index)
         self.examples, self.longest, self.beta = examples, examples.longest, beta
-        self.reference = np.zeros(len(self), np.float32)  # log q(chosen) - log q(rejected)
+        self.reference = torch.zeros(len(self))  # log q(chosen) - log q(rejected)
 
 
 @dataclass
@@ -87,14 +80,14 @@ class PairBatch(Batch):
     def of(cls, pairs: Pairs, indices, device="cpu"):
         rows = [row for i in indices for row in (2 * i, 2 * i + 1)]
         counts = [int(pairs.examples[row][1].sum()) for row in rows]
-        reference = torch.from_numpy(pairs.reference[indices]).to(device)
+        reference = pairs.reference[indices].to(device)
         laid = {**vars(Batch.of(pairs.examples, rows, device)), "num_terms": len(indices)}
         return cls(**laid, counts=counts, reference=reference, beta=pairs.beta)
 
 
 def preference_margins(model, batch: PairBatch, dtype):
     """log p(chosen) - log p(rejected) of each pair (P,)."""
-    losses = token_losses(model, batch, dtype)  # (S,), -log p of each token
+    losses = training.token_losses(model, batch, dtype)  # (S,), -log p of each token
     sums = torch.stack([part.sum() for part in losses.split(batch.counts)])  # (2 P,)
     return sums[1::2] - sums[0::2]
 
@@ -128,15 +121,13 @@ class PreferenceTrainer(Trainer):
         return super().find_data() if self.config.data else self_play(self.config)
 
     @torch.no_grad()
-    def load_data(self):
-        """Pairs to train on, held-out Pairs, remarks; the model is still the reference."""
+    def load_data(self):  # the model is still the reference
         *sets, notes = super().load_data(pairs=True)
         sets = [Pairs(examples, self.config.beta) for examples in sets]
         for pairs in sets:
-            for indices, batch in held_out_batches(pairs, self.max_tokens, self.model.device,
-                                                   "reference", batch_type=PairBatch):
-                margins = preference_margins(self.model, batch, self.dtype)
-                pairs.reference[indices] = margins.cpu().numpy()
+            for indices, batch in training.held_out_batches(
+                    pairs, self.max_tokens, self.model.device, "reference", batch_type=PairBatch):
+                pairs.reference[indices] = preference_margins(self.model, batch, self.dtype).cpu()
         return *sets, notes
 
 
@@ -146,7 +137,7 @@ def self_play(config: PreferenceConfig) -> hub.Found:
     assistant = Assistant.load("", weights.path, torch.float32, pick_device(config.device), "chat")
     room = assistant.model.config.max_position_embeddings - SAMPLING["max_new_tokens"]
     bad = [] if config.skip_bad_records else None
-    every = [item.messages for path in data.files for item in read_conversations(path, bad)]
+    every = [item.messages for path in data.files for item in records.read_conversations(path, bad)]
     conversations = [messages for messages in every
                      if [message["role"] for message in messages] == ["user", "assistant"]
                      and len(assistant.prompt(messages[:1])) <= min(room, config.max_length)
@@ -155,21 +146,21 @@ def self_play(config: PreferenceConfig) -> hub.Found:
         say(f"{len(bad)} bad records are left out (the first: {bad[0][0]}, {bad[0][1]})")
     say(f"self-play with {len(conversations)} of {len(every)} records: one question, one reply")
     for start in tqdm(range(0, len(conversations), AT_ONCE), "self-play", leave=False):
-        name, seed = f"pairs-{start:07d}.jsonl", config.seed + start
-        chunk = conversations[start:start + AT_ONCE]
-        recipe = [name, seed, chunk, config.temperature, *weights.hashes.values()]
-        make = partial(write_pairs, name, chunk, assistant, config.temperature, seed)
-        files.append(kept(f"self-play/{key_of(SOURCES, recipe)}", make) / name)
+        name, chunk = f"pairs-{start:07d}.jsonl", conversations[start:start + AT_ONCE]
+        recipe = [name, chunk, config.temperature, config.seed + start]
+        key = cache.key_of(SOURCES, recipe, *weights.hashes.values())
+        make = partial(write_pairs, assistant, *recipe)
+        files.append(cache.kept(f"self-play/{key}", make) / name)
     pairs = hub.Found(files, {"name": config.self_play, "from": "self-play"})
     pairs.hashes.update(data.hashes)  # for parrot.evaluate: on what it was trained
     return pairs
 
 
-def write_pairs(name, conversations, assistant: Assistant, temperature, seed, folder):
+def write_pairs(assistant: Assistant, name, conversations, temperature, seed, folder):
     """Pairs of which the data's reply is chosen, and one of the model's is rejected."""
     prompts = [assistant.prompt([question]) for question, _ in conversations]
-    samples = generate(assistant.model, prompts, assistant.stop, temperature=temperature,
-                       generator=torch.Generator().manual_seed(seed), **SAMPLING)
+    samples = sampling.generate(assistant.model, prompts, assistant.stop, temperature=temperature,
+                                generator=torch.Generator().manual_seed(seed), **SAMPLING)
     with open(folder / name, "w", encoding="utf-8") as file:
         for messages, (tokens, _) in zip(conversations, samples, strict=True):
             prompt, chosen = (message["content"].strip() for message in messages)

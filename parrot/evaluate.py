@@ -8,7 +8,6 @@
 """
 
 import json
-import math
 import random
 import re
 import sys
@@ -18,18 +17,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parrot import fast
+from parrot import fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import EvaluateConfig
 from parrot.data import is_held_out, tokenised
 from parrot.files import hub
 from parrot.files.examples import Examples
 from parrot.run import report
-from parrot.sampling import generate
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
 from parrot.system.device import pick
-from parrot.training import held_out_batches, token_losses
 
 FACTS = Path(__file__).with_name("questions.jsonl")
 
@@ -55,28 +52,23 @@ def rouge_l(reply, reference):
 
 def is_right(reply, accepted):
     """Whether one of the accepted answers stands in the reply, as whole words."""
-    return any(re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower())
-               for answer in accepted)
+    answers = "|".join(map(re.escape, accepted))
+    return bool(re.search(rf"(?<!\w)({answers})(?!\w)", reply, re.IGNORECASE))
 
 
 def mean_and_error(losses, counts):
-    """Mean loss per token, and its standard error (NaN for a single example).
-
-    Examples were drawn at random, not tokens: the error is that of a ratio of sums.
-    """
+    """Mean loss per token and its standard error, that of a ratio of sums (NaN for one example)."""
     mean, n = losses.sum() / counts.sum(), len(losses)
-    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or math.nan)
+    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or np.nan)
     return float(mean), float(spread ** 0.5 / counts.sum())
 
 
 @torch.no_grad()
-def held_out_loss(model, examples: Examples):
-    """[mean, standard error], in nats per target."""
+def held_out_loss(model, examples: Examples):  # (mean, standard error), in nats per target
     counts = np.array([is_target.sum() for _, is_target in examples])
     sums = np.zeros(len(examples))
-    batches = held_out_batches(examples, 640, model.device, "held-out loss")
-    for indices, batch in batches:  # of at most 640 tokens
-        losses = token_losses(model, batch, model.dtype).cpu().double()  # (S,)
+    for indices, batch in training.held_out_batches(examples, 640, model.device, "held-out loss"):
+        losses = training.token_losses(model, batch, model.dtype).cpu().double()  # (S,)
         sums[indices] = [part.sum().item() for part in losses.split(counts[indices].tolist())]
     return mean_and_error(sums, counts)
 
@@ -86,7 +78,7 @@ def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, 
     """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
     written, generator = [], torch.Generator().manual_seed(config.seed)
     for start in tqdm(range(0, len(prompts), config.batch_size), title, leave=False):
-        written += generate(
+        written += sampling.generate(
             assistant.model, prompts[start:start + config.batch_size], assistant.stop,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=config.top_p,
             repetition_penalty=config.repetition_penalty, generator=generator)
@@ -140,34 +132,29 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
     examples = examples.where(is_held_out(examples.hashes, config.val_fraction))
     say(*remarks)
     if not len(examples):
-        raise UserError(f"{config.data}: --val-fraction {config.val_fraction} holds out no example "
-                        f"of at most {limit} tokens")
+        raise UserError(f"--val-fraction holds out no example of at most {limit} tokens")
     name = Path(data.origin["name"]).name
     return {"model": assistant.name, "data": name, "held-out examples": len(examples),
             "held-out loss": held_out_loss(assistant.model, examples),
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
 
 
-def rows_of(results):
-    """A row for each measure, a column for each model."""
-    titles = dict.fromkeys(title for result in results for title in result)
-    return [[title, *(cell(result.get(title, "")) for result in results)] for title in titles]
-
-
 def cell(value):
     if isinstance(value, tuple):
         return "{:.3f} ± {:.3f}".format(*value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return text.replace("\n", " ")
 
 
-def as_text(rows):
-    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+def as_text(results):
+    """A row for each measure, a column for each model."""
+    titles = dict.fromkeys(title for result in results for title in result)
+    rows = [[title, *(cell(result.get(title, "")) for result in results)] for title in titles]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main():
-    """The command: a table, or JSON, on stdout."""
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
@@ -177,14 +164,13 @@ def main():
     device, dtype = pick(config.device, config.dtype)
     results = [evaluate(Assistant.load(name, folder, dtype, device, "chat"), data, config)
                for name, folder in folders.items()]
-    print(json.dumps(results, indent=2) if config.json else as_text(rows_of(results)))
+    print(json.dumps(results, indent=2) if config.json else as_text(results))
 
 
 def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):
     """Say so if the run in this folder was trained on what is held out now."""
-    about = report.read_if_there(folder / "run.json")
     with report.contents_of(folder / "run.json"):
-        if about:
+        if about := report.read_if_there(folder / "run.json"):
             before = about["config"]
             fraction = 0 if before.get("val_data") else before["val_fraction"]
             shared = set(about["data"]["files"].values()) & set(data.hashes.values())

@@ -2,9 +2,9 @@
 
     token -> embedding -> 30 x (attention, then MLP, each added to the stream) -> norm -> logits
 
-Tokens come as one flat ribbon, so only attention knows about documents (attention.py). Modules have
-the names of a Hugging Face checkpoint, so loading needs no table of names. If you edit this file,
-run with --plain: else fast/packed.py, which knows nothing of your edit, writes the replies.
+Tokens come as one flat ribbon, so only attention knows about documents. Modules have the names of a
+Hugging Face checkpoint. If you edit this file, run with --plain: else fast/packed.py, which knows
+nothing of your edit, writes the replies.
 
 Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.
@@ -20,8 +20,7 @@ from parrot.files import model_folder
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of the network, under the names of a Hugging Face config.json."""
+class LlamaConfig:  # in the words of a Hugging Face config.json
     vocab_size: int  # V
     hidden_size: int  # C
     intermediate_size: int  # M
@@ -56,8 +55,7 @@ class RMSNorm(nn.Module):
 def rope_angles(positions, head_dim, theta):
     """cos and sin of the angles of rotary embedding (arXiv:2104.09864).
 
-    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D): the
-    first pairs turn fast and tell neighbours apart, the last ones slowly, for long distances.
+    positions (N,) -> two tensors (N, 1, D / 2). Pair i turns by position / theta^(2i / D).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[:, None].float() / theta ** (exponents / head_dim)  # (N, D / 2)
@@ -75,11 +73,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share K key/value heads (arXiv:2305.13245).
-
-    The key/value cache is the reason: here it holds 2 x 30 x 3 x 64 = 11,520 numbers per token;
-    with a key/value head for each of the nine query heads it would hold 34,560.
-    """
+    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -130,9 +124,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaBody(nn.Module):
-    """Everything but the last matrix."""
-
+class LlamaBody(nn.Module):  # everything but the last matrix
     def __init__(self, config: LlamaConfig):
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size)  # spares nn.Embedding's init

@@ -27,8 +27,7 @@ def nucleus(logits, temperature, top_p):
     """logits (B, V) -> probabilities (B, W) of the tokens (B, W), in descending order.
 
     A temperature below 1 favours the likely tokens, above 1 the unlikely ones. The nucleus
-    (arXiv:1904.09751) is the smallest set of likeliest tokens that holds at least `top_p`, the one
-    that crosses the threshold included; the rest has probability 0.
+    (arXiv:1904.09751) is the smallest set of likeliest tokens that holds at least `top_p`.
 
     >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]).log(), temperature=1.0, top_p=0.6)
     (tensor([[0.6250, 0.3750, 0.0000]]), tensor([[1, 0, 2]]))
@@ -48,8 +47,7 @@ def nucleus(logits, temperature, top_p):
 def penalize(logits, written, penalty):
     """Lower the logits (B, V) of the ids that a reply already contains: `written` (B, t).
 
-    A repeated phrase becomes the most likely continuation, so greedy replies end in loops. A
-    positive logit is divided by the penalty, a negative one multiplied (arXiv:1909.05858).
+    Else a repeated phrase becomes the likeliest continuation, and replies loop (arXiv:1909.05858).
 
     >>> penalize(torch.tensor([[4.0, -1.0, 3.0]]), torch.tensor([[0, 1, 0]]), 2.0)
     tensor([[ 2., -2.,  3.]])
@@ -68,8 +66,7 @@ def choose(logits, temperature, top_p, numbers):
     [1, 0, 0, 2]
     """
     if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
-        raise UserError("the model's logits are not finite numbers: its weights are damaged, or "
-                        "the type is too small (--dtype float32)")
+        raise UserError("logits are not finite: damaged weights, or try --dtype float32")
     if temperature < 1e-6:  # would divide by nothing
         return logits.float().argmax(-1)
     probabilities, tokens = nucleus(logits, temperature, top_p)
@@ -90,8 +87,7 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     """
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= context:
-        raise UserError(f"the prompt has {longest} tokens; the model's context holds {context}, "
-                        "reply included. Shorten the prompt.")
+        raise UserError(f"the prompt has {longest} tokens; the model's context holds {context}")
     room = min(context - longest, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
     is_captured = fast.enabled and model.device.type == "cuda"  # fast/captured.py

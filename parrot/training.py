@@ -16,8 +16,7 @@ from parrot.system.distributed import Processes, torchrun_place
 def token_losses(model: Llama, batch: Batch, dtype):
     """The loss (S,) of each target: the cross-entropy -log p(target), in nats.
 
-    To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152. So at a
-    mean loss of 2.72 the model is as unsure as among e^2.72 = 15 tokens, its perplexity.
+    To guess among n equally likely tokens costs log(n): 1.39 for four, 10.8 for all 49,152.
 
     >>> logits = torch.zeros(1, 4, requires_grad=True)
     >>> loss = F.cross_entropy(logits, torch.tensor([2]))
@@ -33,10 +32,7 @@ def token_losses(model: Llama, batch: Batch, dtype):
 
 
 def loss_sum(model: Llama, batch: Batch, dtype):
-    """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step.
-
-    Averaging per-ribbon means would weight tokens by how the step was split.
-    """
+    """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step."""
     return token_losses(model, batch, dtype).sum()
 
 
@@ -70,22 +66,19 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
 def make_optimizer(model: Llama, config: TrainConfig):
     """AdamW (arXiv:1711.05101): weight -= lr * mean gradient / root of the mean square.
 
-    Both means are running: the betas set how many steps they cover, 0.9 some 10, 0.95 some 20. And
-    matrices shrink by lr * weight_decay of their value per step. The scales of the norms do not:
-    decay would pull them to 0, which silences a layer.
+    Both means are running; the betas set over how many steps. Matrices also shrink by lr *
+    weight_decay of their value per step. The norms' scales do not: at 0 they silence a layer.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     scales = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             eps=1e-8, fused=True)
+    betas = config.beta1, config.beta2
+    return torch.optim.AdamW(groups, config.learning_rate, betas, eps=1e-8, fused=True)
 
 
 def learning_rate(step, total_steps, peak, floor, warmup_ratio):
     """The learning rate of step `step` (from 0): up in a line, down in half a cosine.
-
-    Early on, AdamW's averages are too noisy for large steps; small last steps let weights settle.
 
     >>> [round(learning_rate(step, 6, 1.0, 0.0, 1 / 3), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.25, 0.0]

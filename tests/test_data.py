@@ -23,7 +23,7 @@ from parrot.data import (
 from parrot.files import records
 from parrot.files.examples import Examples
 from parrot.files.hub import find_data
-from parrot.files.records import to_messages
+from parrot.files.records import read_conversations, to_messages
 from parrot.files.tokenizer import Tokenizer
 from parrot.system.console import UserError
 
@@ -100,7 +100,7 @@ def test_what_was_left_out_is_told(records_file, tiny_tokenizer):
 def test_what_was_read_once_is_not_read_again(records_file, tiny_tokenizer, monkeypatch):
     path = records_file(some_records(20))
     first = load_examples(find_data(path), tiny_tokenizer, 100, 0.3)
-    monkeypatch.setattr(data, "encode_pieces", None)
+    monkeypatch.setattr(data.chat, "encode_pieces", None)
     other = path.rename(path.with_name("renamed.jsonl"))
     second = load_examples(find_data(other), tiny_tokenizer, 100, 0.3)
     assert first[2] == second[2] and "renamed.jsonl:" in second[0].source(3)
@@ -112,7 +112,7 @@ def test_other_data_is_read_anew_other_limits_are_not(records_file, tiny_tokeniz
     settings = {"max_length": 100, "val_fraction": 0.3}
     path = records_file(some_records(20))
     load_examples(find_data(path), tiny_tokenizer, **settings)
-    monkeypatch.setattr(data, "encode_pieces", None)
+    monkeypatch.setattr(data.chat, "encode_pieces", None)
     for changes in ({"max_length": 90}, {"val_fraction": 0.2}, {"max_examples": 7}):
         load_examples(find_data(path), tiny_tokenizer, **{**settings, **changes})
     with pytest.raises(TypeError):  # None was called
@@ -127,7 +127,7 @@ def test_another_tokenizer_and_another_kind_of_file_are_read_anew(records_file, 
     shutil.copy(tiny_tokenizer.folder / "tokenizer.json", tmp_path)
     with open(tmp_path / "tokenizer.json", "a") as file:
         file.write("\n")
-    monkeypatch.setattr(data, "encode_pieces", None)
+    monkeypatch.setattr(data.chat, "encode_pieces", None)
     with pytest.raises(TypeError):
         load_examples(find_data(path), Tokenizer(tmp_path), 100, 0.3)
     with pytest.raises(UserError, match="cannot read .*a.parquet"):
@@ -143,8 +143,8 @@ def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_to
         read.append(start)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return records.read_conversations(path, bad, start, stop)
-    monkeypatch.setattr(data, "read_conversations", read_from)
+        return read_conversations(path, bad, start, stop)
+    monkeypatch.setattr(records, "read_conversations", read_from)
     with pytest.raises(KeyboardInterrupt):
         load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
     train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
@@ -159,9 +159,9 @@ def test_data_that_changes_while_it_is_read_is_not_kept(records_file, tiny_token
 
     def changing(*args):
         path.write_text(path.read_text() * 2)
-        return records.read_conversations(*args)
+        return read_conversations(*args)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while it was read"):
-        patch.setattr(data, "read_conversations", changing)
+        patch.setattr(records, "read_conversations", changing)
         load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
     assert len(load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)[0]) == 46
 
@@ -285,6 +285,6 @@ def test_editing_what_makes_the_tokens_changes_the_key(records_file, tiny_tokeni
     path = records_file(some_records(20))
     load_examples(find_data(path), tiny_tokenizer, 100, 0.3)
     monkeypatch.setattr(data, "CODE", "of an edited chat.py")
-    monkeypatch.setattr(data, "encode_pieces", None)
+    monkeypatch.setattr(data.chat, "encode_pieces", None)
     with pytest.raises(TypeError):  # None was called
         load_examples(find_data(path), tiny_tokenizer, 100, 0.3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -205,8 +206,8 @@ def test_self_play_samples_once(config, records_file, monkeypatch):
         if len(sampled) == 2:
             raise KeyboardInterrupt
         return original(model, prompts, *args, **kwargs)
-    original = dpo.generate
-    monkeypatch.setattr(dpo, "generate", counted)
+    original = dpo.sampling.generate
+    monkeypatch.setattr(dpo, "sampling", mock.Mock(generate=counted))  # of self-play alone
     c = config(data=None, self_play=str(data), max_steps=2, max_length=512)
     with pytest.raises(KeyboardInterrupt):
         run(c)

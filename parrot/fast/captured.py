@@ -19,7 +19,6 @@ class CapturedStep:
     def __call__(self, model, cache, tokens, running):
         if self.graph is None:
             self._capture(model, cache)
-            self.rows = torch.arange(len(self.tokens), device=tokens.device)
         self.rows = self.rows[running]  # the places of the running replies in the graph
         self.tokens[self.rows] = tokens
         self.graph.replay()
@@ -27,6 +26,7 @@ class CapturedStep:
 
     def _capture(self, model, cache):
         self.tokens, self.graph = torch.zeros_like(cache.filled), torch.cuda.CUDAGraph()
+        self.rows = torch.arange(len(self.tokens), device=self.tokens.device)
         filled, side = cache.filled.clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a first run sets up what may not be recorded

@@ -2,9 +2,9 @@
 
 One row uses each weight once, so memory and the number of small operations count: matrices that
 read the same row are one, with the norm's scale in them, and rotation multiplies complex numbers.
-On a CPU 9.5 ms a token instead of 12.2: for one reply weights stay in bfloat16 even where products
-with more rows need float32 (1.3 times as fast there); for many, oneDNN orders the matrices. In a
-graph on an H200 2.2 ms instead of 4.7. Held equal by tests/fast/test_packed.py.
+On a CPU, for one reply weights stay in bfloat16 even where products with more rows need float32;
+for many, oneDNN orders the matrices. A token takes 9.5 ms instead of 12.2 (in a graph on an H200,
+2.2 instead of 4.7). Held equal by tests/fast/test_packed.py.
 """
 
 import platform
@@ -18,7 +18,7 @@ from parrot.system.device import multiplies_bfloat16
 class PackedLinear:
     """Linear layers with the same input, as one; scale (in,): what else would multiply it."""
 
-    def __init__(self, *weights, scale=None, many):
+    def __init__(self, many, *weights, scale=None):
         weight = weights[0].detach()
         if scale is not None:
             weight = (torch.cat(weights) * scale).to(weight.dtype).detach()
@@ -28,8 +28,7 @@ class PackedLinear:
             if weight.dtype == torch.float32:
                 self.weight = None  # its own order is as good for one row
 
-    def __call__(self, x, stream=None):
-        """x (N, in) -> the product (N, all outs), added to the stream if there is one."""
+    def __call__(self, x, stream=None):  # x (N, in) -> (N, all outs), added to any stream
         if self.packed is not None and (len(x) > 1 or self.weight is None):
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         elif stream is not None and stream.dtype == self.weight.dtype:
@@ -41,25 +40,23 @@ class PackedLinear:
         return y if stream is None else stream + y
 
 
-class PackedBlock:
-    """model.Block in four products."""
-
+class PackedBlock:  # model.Block in four products
     def __init__(self, block, many):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
         norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
         root = 1 if norms[0].is_cuda else len(norms[0]) ** 0.5  # of C: see PackedLlama.normed
         before, between = (weight.float() * root for weight in norms)
-        q, k = (pairs_together(p.weight, D) for p in (attention.q_proj, attention.k_proj))
+        # (heads D, C): each pair of rows that turns lies side by side; q k^T is the same.
+        q, k = (p.weight.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
+                for p in (attention.q_proj, attention.k_proj))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-        self.qkv_proj = PackedLinear(q, k, attention.v_proj.weight, scale=before, many=many)
-        self.o_proj = PackedLinear(attention.o_proj.weight, many=many)
-        self.gate_up_proj = PackedLinear(gate, up, scale=between, many=many)
-        self.down_proj = PackedLinear(mlp.down_proj.weight, many=many)
+        self.qkv_proj = PackedLinear(many, q, k, attention.v_proj.weight, scale=before)
+        self.o_proj = PackedLinear(many, attention.o_proj.weight)
+        self.gate_up_proj = PackedLinear(many, gate, up, scale=between)
+        self.down_proj = PackedLinear(many, mlp.down_proj.weight)
 
 
-class PackedLlama:
-    """A model.Llama that only writes."""
-
+class PackedLlama:  # a model.Llama that only writes
     def __init__(self, model, many=True):
         self.config, self.device = model.config, model.device
         is_slow = model.device.type == "cpu" and not multiplies_bfloat16(model.device)
@@ -68,19 +65,17 @@ class PackedLlama:
         self.cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self.embed_tokens, self.norm = model.model.embed_tokens, model.model.norm
         self.blocks = [PackedBlock(block, many) for block in model.model.layers]
-        self.lm_head = PackedLinear(model.lm_head.weight, many=many)
+        self.lm_head = PackedLinear(many, model.lm_head.weight)
         self.least = torch.tensor((model.config.hidden_size * model.config.rms_norm_eps) ** 0.5)
 
-    def normed(self, linear, x):
-        """`linear` of x (N, C), whose rows get root mean square 1."""
+    def normed(self, linear, x):  # `linear` of x (N, C), its rows at root mean square 1
         C, eps = self.config.hidden_size, self.config.rms_norm_eps
         if x.is_cuda:  # one kernel; on a CPU the rest is faster, and the root of C is in `linear`
             return linear(F.rms_norm(x, (C,), eps=eps))
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return linear(x) / torch.hypot(length, self.least)  # sqrt(|x|^2 + C eps)
 
-    def __call__(self, tokens, layout):
-        """As model.Llama.forward."""
+    def __call__(self, tokens, layout):  # as model.Llama.forward
         N, H, K = len(tokens), self.config.num_attention_heads, self.config.num_key_value_heads
         D = self.config.head_dim
         # model.rope_angles as complex numbers; v does not turn.
@@ -100,8 +95,7 @@ class PackedLlama:
                 x = block.down_proj((F.silu(gate) * up).to(x.dtype), x)
         return self.norm(x)
 
-    def logits(self, hidden_states):
-        """As model.Llama.logits."""
+    def logits(self, hidden_states):  # as model.Llama.logits
         with one_row_by_torch(len(hidden_states)):
             return self.lm_head(hidden_states)
 
@@ -109,11 +103,6 @@ class PackedLlama:
 def one_row_by_torch(num_rows):
     """For one row torch's own product reads bfloat16 at 29 GB/s, that of oneDNN (mkldnn) at 10."""
     return torch.backends.mkldnn.flags(enabled=num_rows > 1, allow_tf32=None)
-
-
-def pairs_together(weight, head_dim):
-    """(heads D, C) -> the same rows, each pair that turns side by side: q k^T is the same."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def keeps_bfloat16(device):

@@ -1,18 +1,14 @@
-"""attention.Ribbon.attend, faster: which kernel takes the documents of a ribbon.
+"""attention.Ribbon.attend, faster: by kernels that keep no weight for each pair of tokens.
 
-    CUDA, 16 bits, compute capability 8.0  torch's varlen_attn: all documents in one call
-    the rest                               torch's own attention, a document at a time
-
-Neither keeps a weight for each pair of tokens. The quick start trains 7% faster than by the formula
-(two cores, float32). Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
+The quick start trains 7% faster than by the formula (two cores, float32).
+Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def attention_by_torch(q, k, v, visible):
-    """attention.attention in one operation."""
+def attention_by_torch(q, k, v, visible):  # attention.attention in one operation
     return F.scaled_dot_product_attention(q, k, v, visible)
 
 
@@ -25,14 +21,13 @@ class FastAttention:
             self.seams = seams.to(device, torch.int32)
 
     def has_kernel(self, dtype, head_dim):
-        """Whether varlen_attn takes the ribbon."""
+        """Whether torch's varlen_attn takes the ribbon, all documents in one call."""
         is_known = dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
         return self.seams is not None and is_known
 
     def attend(self, q, k, v):
         """Causal attention inside each document: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
-        # As many key/value heads as query heads: with fewer, torch has no kernel for older cards
-        # that does without n x n weights.
+        # With fewer key/value than query heads, kernels for older cards keep n x n weights.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (N, H, D)
         if self.has_kernel(q.dtype, q.shape[-1]):
             seams, longest = self.seams, self.longest
