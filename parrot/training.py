@@ -32,7 +32,10 @@ def token_losses(model: Llama, batch: Batch, dtype):
 
 
 def loss_sum(model: Llama, batch: Batch, dtype):
-    """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step."""
+    """The loss of a ribbon, summed over its targets; the caller divides, once for a whole step.
+
+    Averaging per-ribbon means would weight tokens by how the step was split.
+    """
     return token_losses(model, batch, dtype).sum()
 
 

@@ -22,7 +22,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for path in SOURCES}
 # Lines that are not blank. These are to come down, to 3,000 in all, and never to go up: before you
 # add, find what goes.
-BUDGETS = {"lesson": 1209, "fast": 299, "files": 774, "run": 473, "system": 339, "evaluate": 159}
+BUDGETS = {"lesson": 1159, "fast": 288, "files": 774, "run": 457, "system": 333, "evaluate": 148}
 
 
 def folder_of(module):
