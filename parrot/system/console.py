@@ -53,7 +53,7 @@ class _Stream:
 
 def say(*lines):
     """Print to stderr: stdout belongs to the model's replies. Of several processes, one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if lines and os.environ.get("RANK", "0") == "0":
         print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
 
