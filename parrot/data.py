@@ -165,7 +165,7 @@ class Batch:
     num_terms: int  # of the loss: S, one per target
 
     @classmethod
-    def of(cls, examples: Examples, indices, device="cpu"):
+    def of(cls, examples: Examples, indices, device="cpu"):  # these examples, end to end
         parts = [examples[index] for index in indices]
         tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
         # A document's first token is never a target, so a row and its target never lie in two.

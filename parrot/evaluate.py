@@ -57,10 +57,10 @@ def is_right(reply, accepted):
 
 
 def mean_and_error(losses, counts):
-    """Mean loss per token and its standard error, that of a ratio of sums (NaN for one example)."""
+    """Mean loss per token and its standard error, of a ratio of sums (None for one example)."""
     mean, n = losses.sum() / counts.sum(), len(losses)
-    spread = ((losses - mean * counts) ** 2).sum() * n / (n - 1 or np.nan)
-    return float(mean), float(spread ** 0.5 / counts.sum())
+    spread = ((losses - mean * counts) ** 2).sum() * n / max(n - 1, 1)
+    return float(mean), float(spread ** 0.5 / counts.sum()) if n > 1 else None
 
 
 @torch.no_grad()
@@ -141,9 +141,9 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
 
 def cell(value):
     if isinstance(value, tuple):
-        return "{:.3f} ± {:.3f}".format(*value)
-    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
-    return text.replace("\n", " ")
+        mean, error = value
+        return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value)).replace("\n", " ")
 
 
 def as_text(results):
@@ -154,7 +154,7 @@ def as_text(results):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def main():
+def main():  # a table, or JSON, on stdout
     config = parse(EvaluateConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     data = hub.find_data(config.data)

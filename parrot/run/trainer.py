@@ -163,7 +163,7 @@ class Trainer:
             raise UserError(f"step {step}: {words}. {self.folder.what_is_safe()} If it happens "
                             "again, start anew with a lower --learning-rate and another --out.")
 
-    def log_step(self, batches, **values):
+    def log_step(self, batches, **values):  # in metrics.jsonl and the progress bar
         progress, seconds = self.progress, time.perf_counter() - self.started
         tokens = sum(len(batch.tokens) for batch in batches)
         speed = round(tokens / seconds, 1)
