@@ -1,10 +1,9 @@
 """Attention: which tokens each token looks at, and how much of each it takes.
 
 A *layout* says how the N tokens of a forward belong together: a *ribbon* of documents, end to end
-(training, prompts), or the next tokens of several replies, with a *key/value cache*. Each has:
-
-    positions                   (N,)  the position of each token in its own document, from 0
-    attend(layer, q, k, v)      q (N, H, D), k and v (N, K, D) -> (N, H, D)
+(training, prompts), or the next tokens of several replies, with a *key/value cache*. It has
+positions (N,), from 0 in each document, and attend(layer, q, k, v): q (N, H, D), k and v
+(N, K, D) -> (N, H, D).
 
 Shapes: N tokens, H query heads, K key/value heads (H is a multiple of K), D head size,
 B sequences, T cached positions.
@@ -44,10 +43,8 @@ def attention(q, k, v, visible):
 def causal(n, device="cpu"):
     """(n, n) bool: a token sees itself and what came before; if it saw the next, it would copy it.
 
-    >>> causal(3).int()
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [1, 1, 1]], dtype=torch.int32)
+    >>> causal(3).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
@@ -84,8 +81,8 @@ class Ribbon:
 class KVCache:
     """The keys and values that B sequences have so far: a new token costs the work of one token.
 
-    First `model(tokens, cache.prefill(lengths))` reads the prompts, then again and again
-    `model(tokens, cache.step())` a token for each.
+    `model(prompts, cache.prefill(lengths))` reads prompts, then `model(tokens, cache.step())` one
+    token for each.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):

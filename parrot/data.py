@@ -48,8 +48,7 @@ def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fractio
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
     """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
 
-    Held-out examples are all of `val_data` or, without it, the share that `is_held_out` picks.
-    Pairs, for parrot.dpo, are two examples each, the chosen one first.
+    Held out are all of `val_data` or, without it, the share that `is_held_out` picks.
     """
     train, remarks = tokenised(data, tokenizer, max_length, skip_bad, pairs, max_examples)
     if val_data:
@@ -75,7 +74,7 @@ def tokenised(data: hub.Found, tokenizer, max_length, skip_bad, pairs=False, max
               system=None):
     """Data files -> (Examples of at most `max_length` tokens, remarks); each PART is cached.
 
-    system: the system turn of a conversation that has none.
+    system: of a conversation that has none. pairs: two examples each, the chosen one first.
     """
     versions = 2 if pairs else 1  # of a conversation
     most = (max_examples or math.inf) * versions
@@ -146,12 +145,7 @@ def remarks_on(conversation: records.Conversation):
 class Batch:
     """A micro-batch, for one forward: a ribbon of N tokens, and the S rows that have a target.
 
-    Row r predicts the token after it, so its target is token r + 1: the shift by one. Of the
-    examples [5, 6, (7), (8)] and [9, (10), (11)], targets in brackets:
-
-        position on the ribbon    0   1   2   3   4   5   6
-        token                     5   6   7   8   9  10  11
-        row -> its target             7   8      10  11
+    Row r predicts the token after it, so its target is token r + 1: the shift by one.
 
     >>> two = Examples.of([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])])
     >>> batch = Batch.of(two, [0, 1])

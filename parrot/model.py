@@ -134,14 +134,7 @@ class LlamaBody(nn.Module):  # everything but the last matrix
 
 
 class Llama(nn.Module):
-    """The language model, with random weights. Hidden states first, then logits where needed:
-
-    >>> from parrot.attention import Ribbon
-    >>> model = Llama(LlamaConfig(32, 16, 24, 2, 4, 2, 4, 64, 1e-5, 10000.0, True))
-    >>> hidden_states = model(torch.tensor([5, 6, 7, 8, 9]), Ribbon([3, 2]))
-    >>> model.logits(hidden_states[[2, 4]]).shape  # what comes after each document
-    torch.Size([2, 32])
-    """
+    """The language model, with random weights. Hidden states first, then logits where needed."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

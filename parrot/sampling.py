@@ -14,15 +14,6 @@ from parrot.system.console import UserError
 ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
-def ordered(probabilities, mass):
-    """(B, V) -> probabilities and ids (B, W), sorted: enough of the likeliest to hold `mass`."""
-    if fast.enabled and probabilities.device.type == "cpu":  # fast/nucleus.py
-        few = likeliest(probabilities, mass)
-        if few is not None:
-            return few
-    return probabilities.sort(dim=-1, descending=True, stable=True)
-
-
 def nucleus(logits, temperature, top_p):
     """logits (B, V) -> probabilities (B, W) of the tokens (B, W), in descending order.
 
@@ -36,7 +27,11 @@ def nucleus(logits, temperature, top_p):
     """
     logits = logits.float()
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # finite at any temperature
-    probabilities, tokens = ordered(scaled.softmax(-1), top_p)
+    probabilities = scaled.softmax(-1)
+    if fast.enabled:  # fast/nucleus.py
+        probabilities, tokens = likeliest(probabilities, top_p)
+    else:
+        probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     before = torch.zeros_like(probabilities)  # the sum of all likelier tokens
     before[:, 1:] = probabilities.cumsum(-1)[:, :-1]
     if top_p < 1:
@@ -91,7 +86,7 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
     room = min(context - longest, max_new_tokens)
     cache, logits = read_prompts(model, prompts, room, samples_each)  # logits (B, V)
     is_captured = fast.enabled and model.device.type == "cuda"  # fast/captured.py
-    next_logits = CapturedStep() if is_captured else logits_after
+    next_logits = CapturedStep(model, cache) if is_captured else logits_after
     B = len(logits)
     replies = [[] for _ in range(B)]
     written = torch.empty(B, room, dtype=torch.long, device=model.device)

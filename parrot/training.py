@@ -22,10 +22,8 @@ def token_losses(model: Llama, batch: Batch, dtype):
     >>> loss = F.cross_entropy(logits, torch.tensor([2]))
     >>> loss.item(), torch.autograd.grad(loss, logits)[0].tolist()  # p, and p - 1 at the target
     (1.3862943649291992, [[0.25, 0.25, -0.75, 0.25]])
-
-    Weights are float32, matrix products in `dtype`: in bfloat16, 0.05 - 5e-5 == 0.05.
     """
-    with autocast(model.device, dtype):
+    with autocast(model.device, dtype):  # products in `dtype`; the weights stay float32
         hidden_states = model(batch.tokens, batch.ribbon)  # (N, C)
         logits = model.logits(hidden_states[batch.rows])  # (S, V): no other row needs logits
     return F.cross_entropy(logits.float(), batch.targets, reduction="none")

@@ -13,18 +13,7 @@ UNIT = 1024  # tokens: the size of a ribbon is padded to a multiple of it
 class CapturedStep:
     """sampling.logits_after for one model and one cache. Shapes are fixed: ended replies go on."""
 
-    def __init__(self):
-        self.graph = None
-
-    def __call__(self, model, cache, tokens, running):
-        if self.graph is None:
-            self._capture(model, cache)
-        self.rows = self.rows[running]  # the places of the running replies in the graph
-        self.tokens[self.rows] = tokens
-        self.graph.replay()
-        return self.logits[self.rows]
-
-    def _capture(self, model, cache):
+    def __init__(self, model, cache):
         self.tokens, self.graph = torch.zeros_like(cache.filled), torch.cuda.CUDAGraph()
         self.rows = torch.arange(len(self.tokens), device=self.tokens.device)
         filled, side = cache.filled.clone(), torch.cuda.Stream()
@@ -35,6 +24,12 @@ class CapturedStep:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = model.logits(model(self.tokens, cache.step()))
         cache.filled.copy_(filled)  # nothing was written yet
+
+    def __call__(self, model, cache, tokens, running):
+        self.rows = self.rows[running]  # the places of the running replies in the graph
+        self.tokens[self.rows] = tokens
+        self.graph.replay()
+        return self.logits[self.rows]
 
 
 class CapturedForward:

@@ -1,8 +1,7 @@
 """model.Block.forward, faster: compiled (torch.compile), the same but for rounding.
 
-The small passes over memory (norm, rotation, SiLU, sums) are fused: 0 to 5% more tokens per second
-on two cores, after half a minute to compile; 1.7 times as many on an H200, after 14 s.
-Held equal by tests/fast/test_compiling.py.
+Small passes over memory (norm, rotation, SiLU, sums) are fused: 0 to 5% faster on two cores after
+half a minute, 1.7 times on an H200 after 14 s. Held equal by tests/fast/test_compiling.py.
 """
 
 import torch

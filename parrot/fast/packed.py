@@ -1,10 +1,9 @@
 """model.Llama, faster: the network arranged for writing.
 
-One row uses each weight once, so memory and the number of small operations count: matrices that
-read the same row are one, with the norm's scale in them, and rotation multiplies complex numbers.
-On a CPU, for one reply weights stay in bfloat16 even where products with more rows need float32;
-for many, oneDNN orders the matrices. A token takes 9.5 ms instead of 12.2 (in a graph on an H200,
-2.2 instead of 4.7). Held equal by tests/fast/test_packed.py.
+Memory and the number of small operations count: matrices that read the same row are one, with the
+norm's scale in them, and rotation multiplies complex numbers. On a CPU, for one reply weights stay
+in bfloat16 even where products with more rows need float32; for many, oneDNN orders them. A token
+takes 9.5 ms, not 12.2 (in an H200's graph 2.2, not 4.7). Held equal by tests/fast/test_packed.py.
 """
 
 import platform

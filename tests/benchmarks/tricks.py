@@ -46,13 +46,17 @@ def nothing(*_, **__):
     """The plain form of what may be left out."""
 
 
+def sort(probabilities, mass):
+    return probabilities.sort(dim=-1, descending=True, stable=True)
+
+
 PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, name, plain form
     "ribbon attention": [(attention, "FastAttention", nothing)],  # then Ribbon takes the formula
     "training graphs": [(compiling, "CapturedForward", lambda model, longest: model.forward)],
     "compile": [(compiling, "compile_blocks", nothing)],
     "step by torch's attention": [(attention, "attention_by_torch", attention.attention)],
-    "captured step": [(sampling, "CapturedStep", lambda: sampling.logits_after)],
-    "nucleus": [(sampling, "likeliest", nothing)],  # then `ordered` sorts
+    "captured step": [(sampling, "CapturedStep", lambda model, cache: sampling.logits_after)],
+    "nucleus": [(sampling, "likeliest", sort)],
     "packed": [(assistant, "pack", lambda model, many: model)]}
 
 

@@ -4,14 +4,14 @@
 the threshold stays, so at least one always does.
 """
 
-from parrot.sampling import ROUNDING, ordered
+from parrot.sampling import ROUNDING
 
 
 def nucleus(logits, temperature, top_p):
-    """logits (B, V) -> probabilities (B, W) of the tokens (B, W), in descending order."""
+    """logits (B, V) -> probabilities and tokens (B, V), in descending order of probability."""
     logits = logits.float()
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probabilities, tokens = ordered(scaled.softmax(-1), top_p)  # (B, W) each
+    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
         threshold = top_p - ROUNDING
         outside = probabilities > threshold  # your line here

@@ -13,9 +13,14 @@ FIXED = property(lambda cache: True, lambda cache, value: None)  # the shape of 
 PROMPTS = [[[3]], [[5, 6, 7]], [[5, 6, 7], [8, 9, 10, 11, 12]]]
 
 
-def greedy(model, prompts, next_logits, steps=10):
-    """The ids of greedy replies, each step by `next_logits`."""
+def plain(model, cache):
+    return sampling.logits_after
+
+
+def greedy(model, prompts, step_type, steps=10):
+    """The ids of greedy replies, each step by a CapturedStep, or as `plain` returns it."""
     cache, logits = sampling.read_prompts(model, prompts, 2 * steps, samples_each=2)
+    next_logits = step_type(model, cache)
     written = []
     for step in range(steps):
         running = [row for row in range(len(logits)) if row != 1 or step < 3]  # one ends early
@@ -32,7 +37,7 @@ def test_the_graph_writes_what_step_by_step_writes(prompts, monkeypatch):
     for seed in range(3):
         model = tiny_model(seed=seed)
         with torch.inference_mode(), replayed.graphs():
-            assert greedy(model, prompts, CapturedStep()) == greedy(model, prompts, sampling.logits_after)
+            assert greedy(model, prompts, CapturedStep) == greedy(model, prompts, plain)
 
 
 def test_a_cache_that_is_replaced_instead_of_written_is_seen(monkeypatch):
@@ -45,14 +50,14 @@ def test_a_cache_that_is_replaced_instead_of_written_is_seen(monkeypatch):
     monkeypatch.setattr(sampling, "KVCache", Replaced)
     with torch.inference_mode(), replayed.graphs():
         models = [tiny_model(seed=seed) for seed in range(5)]
-        assert any(greedy(model, [[5, 6, 7]], CapturedStep()) != greedy(model, [[5, 6, 7]], sampling.logits_after)
+        assert any(greedy(model, [[5, 6, 7]], CapturedStep) != greedy(model, [[5, 6, 7]], plain)
                    for model in models)
 
 
 def test_a_wait_while_recording_is_refused():
     """The step of a CPU asks for the longest sequence, which a graph cannot."""
     with torch.inference_mode(), replayed.graphs(), pytest.raises(RuntimeError, match="capturing"):
-        greedy(tiny_model(), [[5, 6, 7], [8]], CapturedStep())
+        greedy(tiny_model(), [[5, 6, 7], [8]], CapturedStep)
 
 
 class Seams:
@@ -108,5 +113,5 @@ def test_the_same_replies_on_a_gpu(monkeypatch):
     def replies():
         return sampling.generate(model, PROMPTS[2], set(), max_new_tokens=30, temperature=0, top_p=1)
     captured = replies()
-    monkeypatch.setattr(sampling, "CapturedStep", lambda: sampling.logits_after)
+    monkeypatch.setattr(sampling, "CapturedStep", plain)
     assert replies() == captured
