@@ -60,13 +60,14 @@ class Ribbon:
         self.lengths, self.cache = lengths, cache
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
         rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.index = rows.to(device), slice(None), self.positions  # of the tokens, in the cache
+        self.index = rows.to(device), slice(None), self.positions  # in a layer of the cache
         self.fast = FastAttention(lengths, device) if fast.enabled else None  # fast/ribbon.py
 
     def attend(self, layer, q, k, v):
         """Causal attention inside each document; never across a seam. Prompts fill the `cache`."""
         if self.cache:
-            self.cache.write(layer, self.index, k, v)
+            self.cache.keys[layer][self.index] = k.to(self.cache.keys.dtype)
+            self.cache.values[layer][self.index] = v.to(self.cache.keys.dtype)
         if self.fast:
             return self.fast.attend(q, k, v)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first: (heads, N, D)
@@ -92,10 +93,6 @@ class KVCache:
         self.filled = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
         self.is_cuda = self.filled.device.type == "cuda"
 
-    def write(self, layer, index, k, v):  # k, v (N, K, D); index: sequences, all heads, positions
-        self.keys[layer][index] = k.to(self.keys.dtype)
-        self.values[layer][index] = v.to(self.values.dtype)
-
     def prefill(self, lengths: list[int]) -> Ribbon:
         """The ribbon of the B prompts, which writes into this cache as it attends."""
         self.filled = torch.tensor(lengths, device=self.keys.device)
@@ -116,19 +113,19 @@ class Step:
     """One new token for each of B sequences: N = B."""
 
     def __init__(self, cache: KVCache, positions):
-        self.cache, self.positions = cache, positions
+        self.positions = positions
         rows = torch.arange(len(positions), device=positions.device)
-        self.index = (rows, slice(None), positions)
+        self.index = rows, slice(None), positions  # in a layer of the cache
         # What is empty need not be read; but a GPU would have to wait for the largest position.
-        self.T = cache.keys.shape[3] if cache.is_cuda else int(positions.max()) + 1
-        places = torch.arange(self.T, device=positions.device)
+        T = cache.keys.shape[3] if cache.is_cuda else int(positions.max()) + 1
+        self.keys, self.values = (x[:, :, :, :T] for x in (cache.keys, cache.values))
+        places = torch.arange(T, device=positions.device)
         self.visible = (places <= positions[:, None])[:, None, None]  # (B, 1, 1, T)
 
     def attend(self, layer, q, k, v):
         """Each new token looks at its own sequence's past and at itself."""
-        self.cache.write(layer, self.index, k, v)
-        keys = self.cache.keys[layer, :, :, :self.T]  # (B, K, T, D)
-        values = self.cache.values[layer, :, :, :self.T]
+        keys, values = self.keys[layer], self.values[layer]  # (B, K, T, D) each
+        keys[self.index], values[self.index] = k.to(keys.dtype), v.to(keys.dtype)
         # Query heads that share a key head: as queries of one head, so that nothing is repeated.
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
         attend = attention_by_torch if fast.enabled else attention  # fast/ribbon.py

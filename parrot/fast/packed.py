@@ -32,10 +32,9 @@ class PackedLinear:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         elif stream is not None and stream.dtype == self.weight.dtype:
             return torch.addmm(stream, x, self.weight)
-        elif len(x) > 1:
-            y = x @ self.weight.to(x.dtype)
         else:
-            y = x.to(self.weight.dtype) @ self.weight
+            dtype = x.dtype if len(x) > 1 else self.weight.dtype
+            y = x.to(dtype) @ self.weight.to(dtype)
         return y if stream is None else stream + y
 
 
