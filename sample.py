@@ -25,7 +25,7 @@ from parrot.system.console import UserError, printable, refuse, run_program, say
 from parrot.system.device import pick
 
 
-def main():  # replies on stdout, everything else on stderr
+def main():
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]
@@ -65,7 +65,7 @@ def load(name, config: SampleConfig) -> Assistant:
 
 
 def reply(assistant: Assistant, messages, config: SampleConfig, stream=False):
-    """Write --num-samples replies; returns their text. stream: show one as it is written."""
+    """Write --num-samples replies, return their text. stream: show one as it is written."""
     tokenizer, decoder = assistant.tokenizer, DecodeStream(skip_special_tokens=True)
 
     def show(written):  # what the newest token adds; half a character has to wait

@@ -27,7 +27,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
         return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes
 
-    for step in run.steps():  # which also evaluates, every --eval-every steps
+    for step in run.steps():  # and evaluates in between, every --eval-every steps
         # The batch: this step's examples as micro-batches (class Batch), each one ribbon.
         batches = run.batches(step)
 
@@ -39,7 +39,7 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
             ribbon_loss.backward()
             loss += ribbon_loss.detach()
             num_terms += batch.num_terms  # its number of targets (in parrot.dpo: of pairs)
-        loss, num_terms = processes.sum_step(model, loss, num_terms)  # and every .grad
+        loss, num_terms = processes.sum_step(model, loss, num_terms)  # sums .grad, too
 
         # The division, once: now loss and gradient are means over all targets of the step, and it
         # does not matter how the step was split into ribbons or over processes.
@@ -49,10 +49,9 @@ def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
 
         # The clip: a gradient that is too long is shortened, so that no odd batch moves the
         # weights far. Then the check: NaN or infinity ends the run before it reaches the weights.
-        max_norm = config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         loss, grad_norm = float(loss), float(grad_norm)  # here the CPU waits for a GPU
-        run.check_and_save(loss, grad_norm)  # a checkpoint now and then, or before it obeys Ctrl-C
+        run.check_and_save(loss, grad_norm)  # now and then, and at Ctrl-C: as before this step
 
         # The rate: a warmup, then half a cosine.
         rate = learning_rate(step, run.total_steps, config.learning_rate,

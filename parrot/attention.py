@@ -33,7 +33,7 @@ def attention(q, k, v, visible):
     >>> attention(q, k, v, torch.tensor([[False, True]]))
     tensor([[[ 0., 10.]]])
     """
-    group = q.shape[-3] // k.shape[-3]  # so many query heads share a key/value head
+    group = q.shape[-3] // k.shape[-3]  # query heads per key/value head
     k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))  # (..., H, m, D)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (..., H, n, m)
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -59,8 +59,8 @@ class Ribbon:
     def __init__(self, lengths: list[int], device="cpu", cache: KVCache | None = None):
         self.lengths, self.cache = lengths, cache
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        self.index = rows.to(device), slice(None), self.positions  # in a layer of the cache
+        sequences = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
+        self.index = sequences.to(device), slice(None), self.positions  # (N, K, D) of a layer
         self.fast = FastAttention(lengths, device) if fast.enabled else None  # fast/ribbon.py
 
     def attend(self, layer, q, k, v):
@@ -70,12 +70,9 @@ class Ribbon:
             self.cache.values[layer][self.index] = v.to(self.cache.keys.dtype)
         if self.fast:
             return self.fast.attend(q, k, v)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first: (heads, N, D)
-        outputs, start = [], 0
-        for length in self.lengths:
-            span = slice(start, start + length)
-            outputs.append(attention(q[:, span], k[:, span], v[:, span], causal(length, q.device)))
-            start += length
+        q, k, v = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))  # (heads, n, D)
+        documents = zip(q, k, v, strict=True)
+        outputs = [attention(q, k, v, causal(q.shape[1], q.device)) for q, k, v in documents]
         return torch.cat(outputs, dim=1).transpose(0, 1)  # (N, H, D)
 
 
@@ -98,10 +95,10 @@ class KVCache:
         self.filled = torch.tensor(lengths, device=self.keys.device)
         return Ribbon(lengths, self.keys.device, self)
 
-    def select(self, rows):
+    def select(self, sequences):
         """Keep these sequences (B', indices) in this order: some of them, or one several times."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.filled = self.filled[rows]
+        self.keys, self.values = self.keys[:, sequences], self.values[:, sequences]
+        self.filled = self.filled[sequences]
 
     def step(self) -> Step:
         positions = self.filled.clone()  # (B,)
@@ -114,9 +111,9 @@ class Step:
 
     def __init__(self, cache: KVCache, positions):
         self.positions = positions
-        rows = torch.arange(len(positions), device=positions.device)
-        self.index = rows, slice(None), positions  # in a layer of the cache
-        # What is empty need not be read; but a GPU would have to wait for the largest position.
+        sequences = torch.arange(len(positions), device=positions.device)
+        self.index = sequences, slice(None), positions  # (B, K, D) of a layer of the cache
+        # Empty places are not read; but on a GPU, asking for the largest position costs a wait.
         T = cache.keys.shape[3] if cache.is_cuda else int(positions.max()) + 1
         self.keys, self.values = (x[:, :, :, :T] for x in (cache.keys, cache.values))
         places = torch.arange(T, device=positions.device)
@@ -126,7 +123,7 @@ class Step:
         """Each new token looks at its own sequence's past and at itself."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, T, D) each
         keys[self.index], values[self.index] = k.to(keys.dtype), v.to(keys.dtype)
-        # Query heads that share a key head: as queries of one head, so that nothing is repeated.
+        # Query heads with one key head act as queries of one head, so nothing is repeated.
         q_by_key_head = q.unflatten(1, (k.shape[1], -1)).to(keys.dtype)  # (B, K, H / K, D)
         attend = attention_by_torch if fast.enabled else attention  # fast/ribbon.py
         return attend(q_by_key_head, keys, values, self.visible).flatten(1, 2).to(q.dtype)

@@ -1,4 +1,4 @@
-r"""A conversation -> tokens, and which of them are targets: what the model is trained to say.
+r"""A conversation -> tokens, and the mask: which of them are targets, what the model learns to say.
 
     messages                                  tokens                               targets
     {"role": "user", "content": "Hi"}         <|im_start|>user\nHi<|im_end|>\n     none
@@ -38,7 +38,7 @@ IM_START, IM_END = Control(IM_START), Control(IM_END)
 
 
 def pieces_of(messages):
-    """Messages -> [(text or Control, whether its tokens are targets)]: the template itself.
+    """Messages -> [(text or Control, whether its tokens are targets)], as in CHAT_TEMPLATE.
 
     >>> pieces_of([{"role": "assistant", "content": "Ho"}])[2:4]
     [('Ho', True), ('<|im_end|>', True)]
@@ -47,7 +47,7 @@ def pieces_of(messages):
     for message in messages:
         role, text = message["role"], message["content"].strip()
         pieces.append((IM_START, False))
-        if role == "assistant" and "weight" not in message:  # a reply of weight 0 is only read
+        if records.is_learned(message):  # a reply, unless its weight is 0: then it is only read
             pieces += [("assistant\n", False), (text, True), (IM_END, True)]
         else:
             pieces += [(f"{role}\n{text}", False), (IM_END, False)]
@@ -56,7 +56,7 @@ def pieces_of(messages):
 
 
 def encode_pieces(conversations, tokenizer: Tokenizer):
-    """Lists of pieces -> [(tokens, is_target)], two lists of one length. A batch uses all cores."""
+    """Lists of pieces -> [(tokens, is_target)], two lists of one length."""
     texts = list({text for pieces in conversations for text, _ in pieces})
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     encoded = []
@@ -87,9 +87,11 @@ def prompt_pieces(messages, system=None):
     return [*pieces_of(with_system(messages, system)), (IM_START, False), ("assistant\n", False)]
 
 
-def encode_prompt(messages, tokenizer: Tokenizer, system=None):  # -> the tokens of the prompt
+def encode_prompt(messages, tokenizer: Tokenizer, system=None):  # -> tokens
     return encode_pieces([prompt_pieces(messages, system)], tokenizer)[0][0]
 
+
+# ---- other models' templates, and the view (skip at first)
 
 def default_system(template, folder="the model"):
     """The system turn that a chat template adds, or None. UserError: it writes other turns."""

@@ -9,7 +9,7 @@ from parrot.system.command_line import option
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("bfloat16", "float16", "float32")
-REPETITION_PENALTY = 1.2  # a repeated phrase becomes the most likely continuation: see sampling.py
+REPETITION_PENALTY = 1.2  # see sampling.penalize
 WEIGHTS = "base | instruct | instruct-q4 | a model folder | a .gguf file | a Hub id"
 DATA = "dolly | quickstart | .jsonl, .json, .csv, .parquet files or a folder | a Hub id, or id:test"
 
@@ -21,7 +21,7 @@ QUICKSTART = {"weights": "instruct-q4", "data": "quickstart", "out": "out/quicks
 class Machine:
     device: str = option("auto", "where to compute", choices=DEVICES, may_change=True)
     dtype: str = option("bfloat16", "type of matrix products, if the device has it", choices=DTYPES)
-    plain: bool = option(False, "without parrot/fast: the same result, slower", may_change=True)
+    plain: bool = option(False, "without parrot/fast, the same but for rounding", may_change=True)
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Recipe(Machine):  # of train.py and parrot.dpo
         return {
             f"--min-learning-rate {self.min_learning_rate:g} is above --learning-rate "
             f"{self.learning_rate:g}": self.min_learning_rate > self.learning_rate,
+            "--plain compiles nothing: omit --compile on": self.plain and self.compile == "on",
             "--resume and --keep no: the run would be lost": self.resume and self.keep == "no",
             f"--out {self.out!a} is not UTF-8, which safetensors needs":
                 self.out.encode("utf-8", "ignore").decode() != self.out,
@@ -73,7 +74,7 @@ class Recipe(Machine):  # of train.py and parrot.dpo
 @dataclass
 class TrainConfig(Recipe):
     quickstart: bool = option(False, f"preset for a laptop's CPU, minutes: {QUICKSTART}")
-    QUICKSTART = QUICKSTART
+    QUICKSTART = QUICKSTART  # for system/command_line.py
 
 
 @dataclass

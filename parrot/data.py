@@ -1,7 +1,7 @@
 """Conversations -> examples -> ribbons.
 
 A *conversation* (files/records.py) becomes an *example*: tokens, and for each whether it is a
-target. A *ribbon* is examples laid end to end, without padding. Read `Batch` first.
+target. A *ribbon* is examples laid end to end, without padding.
 """
 
 import hashlib
@@ -29,6 +29,71 @@ CODE = cache.source_hash(__file__, chat, examples, records, rows, tokenizer)
 PART = 20_000  # records tokenised and saved at a time: an interruption loses at most one part
 
 
+# ---- examples -> ribbons
+
+@dataclass
+class Batch:
+    """A micro-batch, for one forward: a ribbon of N tokens, and the S rows that have a target.
+
+    Row r predicts the token after it, so its target is token r + 1: the shift by one.
+
+    >>> two = Examples.of([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])])
+    >>> batch = Batch.of(two, [0, 1])
+    >>> batch.rows.tolist(), batch.targets.tolist()
+    ([1, 2, 4, 5], [7, 8, 10, 11])
+    """
+    tokens: torch.Tensor  # (N,)
+    ribbon: Ribbon
+    rows: torch.Tensor  # (S,)
+    targets: torch.Tensor  # (S,)
+    num_terms: int  # of the loss: S, one per target
+
+    @classmethod
+    def of(cls, examples: Examples, indices, device="cpu"):  # these examples, end to end
+        parts = [examples[index] for index in indices]
+        tokens, is_target = map(np.concatenate, zip(*parts, strict=True))
+        tokens = tokens.astype(np.int64)
+        # A document's first token is never a target: row and target lie in the same document.
+        rows = np.flatnonzero(is_target) - 1
+        ribbon = Ribbon([len(part) for part, _ in parts], device)
+        arrays = (tokens, rows, tokens[rows + 1])
+        tokens, rows, targets = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(tokens, ribbon, rows, targets, len(targets))
+
+
+def steps_per_epoch(examples: Examples, batch_size):
+    return math.ceil(len(examples) / batch_size)
+
+
+def examples_of_step(step, examples: Examples, batch_size, seed):
+    """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
+
+    The sizes of steps differ by 1 at most: a last step of 3 would move the weights as far as 64.
+    """
+    steps = steps_per_epoch(examples, batch_size)
+    epoch, step_of_epoch = divmod(step, steps)
+    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+    return np.array_split(order, steps)[step_of_epoch]
+
+
+def micro_batches(indices, lengths, max_examples, max_tokens):
+    """Split indices, in order, into runs within both limits (None: no limit; at least one each).
+
+    >>> micro_batches([0, 1, 2, 3], [5, 5, 5, 30], None, 12)
+    [[0, 1], [2], [3]]
+    """
+    batches, tokens = [], 0
+    for index in indices:
+        tokens += lengths[index]
+        if not batches or len(batches[-1]) == max_examples or (max_tokens and tokens > max_tokens):
+            batches.append([])
+            tokens = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+# ---- conversations -> examples: the split, and the cache (skip at first)
+
 def prompt_hash(messages):
     """A 63-bit hash of all that precedes the first reply, whatever its case and white space."""
     prompt = [" ".join(message["content"].lower().split())
@@ -38,11 +103,9 @@ def prompt_hash(messages):
 
 
 def is_held_out(hashes, fraction):
-    """Whether examples are kept from training: by their prompt alone, so none is in both sets."""
+    """Whether examples are held out: decided by prompt, so no prompt is in both sets."""
     return hashes < fraction * 2.0**63
 
-
-# ---- conversations -> examples
 
 def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fraction, *,
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
@@ -57,13 +120,13 @@ def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fractio
         if both := np.isin(held_out.hashes, train.hashes).sum():
             remarks.append(f"{both} held-out examples have a prompt that is trained on")
     else:
-        mask = is_held_out(train.hashes, val_fraction)
-        if len(mask) and (mask.all() or mask.mean() < val_fraction / 2):
+        is_val = is_held_out(train.hashes, val_fraction)
+        if len(is_val) and (is_val.all() or is_val.mean() < val_fraction / 2):
             remarks.append(
-                f"{mask.sum()} of {len(mask)} examples are held out (--val-fraction asks for "
-                f"{len(mask) * val_fraction:.1f}): there are {len(set(train.hashes))} different "
+                f"{is_val.sum()} of {len(is_val)} examples are held out (--val-fraction asks for "
+                f"{len(is_val) * val_fraction:.1f}): there are {len(set(train.hashes))} different "
                 "prompts. Choose another --val-fraction (0: none), or --val-data")
-        train, held_out = train.where(~mask), train.where(mask)
+        train, held_out = train.where(~is_val), train.where(is_val)
     if not len(train):
         reasons = "; ".join(remarks) or "no record"
         raise UserError(f"{data.origin['name']}: no example to train on ({reasons})")
@@ -110,7 +173,7 @@ def write_part(path, sha256, start, total, tokenizer: Tokenizer, skip_bad, pairs
                       total=total))
     examples, numbers, hashes = [], [], []
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # uint16 for 49,152 tokens
-    while chunk := list(islice(items, 2048)):  # a batch uses all cores
+    while chunk := list(islice(items, 2048)):  # encoded on all cores
         pieces = [chat.pieces_of(chat.with_system(item.messages, system)) for item in chunk]
         for item, (tokens, flags) in zip(chunk, chat.encode_pieces(pieces, tokenizer), strict=True):
             examples.append((np.array(tokens, dtype), np.array(flags)))
@@ -137,66 +200,3 @@ def remarks_on(conversation: records.Conversation):
             yield "records have a reply whose first line loses its indentation"
         if any(name in message["content"] for name in CONTROL):
             yield "records spell a control token, which is read as ordinary text"
-
-
-# ---- examples -> ribbons
-
-@dataclass
-class Batch:
-    """A micro-batch, for one forward: a ribbon of N tokens, and the S rows that have a target.
-
-    Row r predicts the token after it, so its target is token r + 1: the shift by one.
-
-    >>> two = Examples.of([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 1])])
-    >>> batch = Batch.of(two, [0, 1])
-    >>> batch.rows.tolist(), batch.targets.tolist()
-    ([1, 2, 4, 5], [7, 8, 10, 11])
-    """
-    tokens: torch.Tensor  # (N,)
-    ribbon: Ribbon
-    rows: torch.Tensor  # (S,)
-    targets: torch.Tensor  # (S,)
-    num_terms: int  # of the loss: S, one per target
-
-    @classmethod
-    def of(cls, examples: Examples, indices, device="cpu"):  # these examples, end to end
-        parts = [examples[index] for index in indices]
-        tokens = np.concatenate([tokens for tokens, _ in parts]).astype(np.int64)
-        # A document's first token is never a target, so a row and its target never lie in two.
-        rows = np.flatnonzero(np.concatenate([is_target for _, is_target in parts])) - 1
-        ribbon = Ribbon([len(tokens) for tokens, _ in parts], device)
-        arrays = (tokens, rows, tokens[rows + 1])
-        tokens, rows, targets = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls(tokens, ribbon, rows, targets, len(targets))
-
-
-def steps_per_epoch(examples: Examples, batch_size):  # rounded up
-    return math.ceil(len(examples) / batch_size)
-
-
-def examples_of_step(step, examples: Examples, batch_size, seed):
-    """The indices of step `step` (from 0): each example once an epoch, shuffled anew each time.
-
-    Steps differ by one example at most: three examples would move the weights as far as 64.
-    """
-    steps = steps_per_epoch(examples, batch_size)
-    epoch, step_of_epoch = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-    return np.array_split(order, steps)[step_of_epoch]
-
-
-def micro_batches(indices, lengths, max_examples, max_tokens):
-    """Split indices, in order, into runs within both limits (None: no limit; at least one each).
-
-    >>> micro_batches([0, 1, 2, 3], [5, 5, 5, 30], None, 12)
-    [[0, 1], [2], [3]]
-    """
-    batches, tokens = [], 0
-    for index in indices:
-        tokens += lengths[index]
-        full = not batches or len(batches[-1]) == max_examples
-        if full or (max_tokens and tokens > max_tokens):
-            batches.append([])
-            tokens = lengths[index]
-        batches[-1].append(index)
-    return batches

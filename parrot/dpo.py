@@ -5,8 +5,8 @@ r"""Preferences: of two replies, make the chosen one more probable than the reje
 
 Direct Preference Optimization (arXiv:2305.18290): a judge who gives a reply y the reward r(y)
 prefers y to z with probability sigmoid(r(y) - r(z)). The best policy p for that reward, at a price
-of beta for each nat that it moves away from a reference q, is p(y) ~ q(y) exp(r(y) / beta). Solved
-for r, up to a term that y and z share, with log p a sum over the tokens of the reply:
+of beta for each nat that it moves from a reference q, is proportional to q(y) exp(r(y) / beta).
+Solving for r, up to a term that y and z share, with log p summed over the reply's tokens:
 
     r(y) = beta (log p(y) - log q(y))
 
@@ -35,7 +35,7 @@ from parrot.system.console import run_program, say
 from parrot.system.device import pick_device
 from train import train
 
-# Editing what writes replies or judges them must change them: it is part of the caches' keys.
+# If what writes or judges replies is edited, cached ones are stale: its hash is in their keys.
 SOURCES = [CODE, cache.source_hash(__file__, attention, model, sampling, training)]
 AT_ONCE = 64  # replies that self-play writes together, and keeps together
 SAMPLING = {"top_p": 0.9, "max_new_tokens": 256}  # no penalty: loops are to be rejected
@@ -85,7 +85,7 @@ class PairBatch(Batch):
         return cls(**laid, counts=counts, reference=reference, beta=pairs.beta)
 
 
-def preference_margins(model, batch: PairBatch, dtype):
+def log_ratios(model, batch: PairBatch, dtype):
     """log p(chosen) - log p(rejected) of each pair (P,)."""
     losses = training.token_losses(model, batch, dtype)  # (S,), -log p of each token
     sums = torch.stack([part.sum() for part in losses.split(batch.counts)])  # (2 P,)
@@ -93,20 +93,20 @@ def preference_margins(model, batch: PairBatch, dtype):
 
 
 def preference_terms(model, batch: PairBatch, dtype):
-    """The loss, r(chosen) - r(rejected), and whether that is above 0, of each pair (3, P)."""
-    rewards = batch.beta * (preference_margins(model, batch, dtype) - batch.reference)
-    return torch.stack([-F.logsigmoid(rewards), rewards, (rewards > 0).float()])
+    """(3, P), of each pair: loss, margin r(chosen) - r(rejected), whether that is above 0."""
+    margins = batch.beta * (log_ratios(model, batch, dtype) - batch.reference)
+    return torch.stack([-F.logsigmoid(margins), margins, (margins > 0).float()])
 
 
 def preference_loss(model, batch: PairBatch, dtype):
     """The loss, summed over the pairs. Its slope is how wrong each preference is:
 
-    >>> rewards = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-    >>> losses = -F.logsigmoid(rewards)
+    >>> margins = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+    >>> losses = -F.logsigmoid(margins)
     >>> losses.detach()
     tensor([2.1269, 0.6931, 0.1269])
     >>> losses.sum().backward()
-    >>> rewards.grad
+    >>> margins.grad
     tensor([-0.8808, -0.5000, -0.1192])
     """
     return preference_terms(model, batch, dtype)[0].sum()
@@ -127,7 +127,7 @@ class PreferenceTrainer(Trainer):
         for pairs in sets:
             for indices, batch in training.held_out_batches(
                     pairs, self.max_tokens, self.model.device, "reference", batch_type=PairBatch):
-                pairs.reference[indices] = preference_margins(self.model, batch, self.dtype).cpu()
+                pairs.reference[indices] = log_ratios(self.model, batch, self.dtype).cpu()
         return *sets, notes
 
 

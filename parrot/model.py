@@ -3,8 +3,8 @@
     token -> embedding -> 30 x (attention, then MLP, each added to the stream) -> norm -> logits
 
 Tokens come as one flat ribbon, so only attention knows about documents. Modules have the names of a
-Hugging Face checkpoint. If you edit this file, run with --plain: else fast/packed.py, which knows
-nothing of your edit, writes the replies.
+Hugging Face checkpoint. If you edit this file, run with --plain: otherwise fast/packed.py writes
+the replies, which knows nothing of your edit.
 
 Shapes: N tokens, S rows with a target, C hidden_size, H query heads, K key/value heads,
 D head_dim, M intermediate_size, V vocabulary.
@@ -37,8 +37,8 @@ class LlamaConfig:  # in the words of a Hugging Face config.json
 class RMSNorm(nn.Module):
     """Scale each row to root mean square 1, then by a learned weight (arXiv:1910.07467).
 
-    >>> RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 4.0]])) * 12.5 ** 0.5  # mean square: (9 + 16) / 2
-    tensor([[3., 4.]], grad_fn=<MulBackward0>)
+    >>> RMSNorm(2, eps=0.0)(torch.tensor([[1.0, 7.0]])).detach()  # the root of (1 + 49) / 2 is 5
+    tensor([[0.2000, 1.4000]])
     """
 
     def __init__(self, size, eps):
@@ -65,7 +65,7 @@ def rope_angles(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Turn each pair of x (N, heads, D) by its angle. Pair i is (x[i], x[i + D / 2]).
 
-    Why: the dot product of two turned vectors depends on the distance of their positions alone.
+    Why: the dot product of two turned vectors sees only the distance of their positions.
     """
     first, second = x.float().chunk(2, dim=-1)  # (N, heads, D / 2) each
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -84,11 +84,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, layer, layout, angles):  # x (N, C), number of the layer, rope_angles()
+    def forward(self, x, layer, layout, cos_sin):  # x (N, C); layout: see attention.py
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        y = layout.attend(layer, rotate(q, *angles), rotate(k, *angles), v)  # (N, H, D)
+        y = layout.attend(layer, rotate(q, *cos_sin), rotate(k, *cos_sin), v)  # (N, H, D)
         return self.o_proj(y.flatten(-2))  # (N, C)
 
 
@@ -119,16 +119,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, layout, angles):  # as in Attention; (N, C) -> (N, C)
-        x = x + self.self_attn(self.input_layernorm(x), layer, layout, angles)
+    def forward(self, x, layer, layout, cos_sin):  # as in Attention; (N, C) -> (N, C)
+        x = x + self.self_attn(self.input_layernorm(x), layer, layout, cos_sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaBody(nn.Module):  # everything but the last matrix
+class LlamaBody(nn.Module):  # no forward: it gives the parameters their prefix "model."
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # spares nn.Embedding's init
-        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding would fill it
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -155,10 +155,10 @@ class Llama(nn.Module):
             model = cls(config)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         tensors = model_folder.read_tensors(folder, shapes, dtype, device)
-        model.load_state_dict(tensors, strict=False, assign=True)
+        model.load_state_dict(tensors, strict=False, assign=True)  # a tied lm_head is not in it
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight  # assigning untied them
-        return model.requires_grad_(True)
+        return model
 
     @property
     def device(self):
@@ -172,10 +172,10 @@ class Llama(nn.Module):
         """tokens (N,), layout: a Ribbon or a step of a KVCache -> hidden states (N, C)."""
         if len(tokens) != len(layout.positions):
             raise ValueError(f"{len(tokens)} tokens on a layout of {len(layout.positions)}")
-        angles = rope_angles(layout.positions, self.config.head_dim, self.config.rope_theta)
+        cos_sin = rope_angles(layout.positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)  # (N, C)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, layer, layout, angles)
+            x = block(x, layer, layout, cos_sin)
         return self.model.norm(x)
 
     def logits(self, hidden_states):

@@ -1,6 +1,6 @@
 """From logits to words: repetition penalty, temperature, top-p, and the loop that writes.
 
-Shapes: B replies, R of them not ended, V vocabulary, W <= V of it, sorted, t tokens so far.
+Shapes: B replies, R of them not ended, V vocabulary, W <= V likeliest tokens, t tokens so far.
 """
 
 import torch
@@ -30,8 +30,7 @@ def nucleus(logits, temperature, top_p):
         probabilities, tokens = likeliest(probabilities, top_p)
     else:
         probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = torch.zeros_like(probabilities)  # the sum of all likelier tokens
-    before[:, 1:] = probabilities.cumsum(-1)[:, :-1]
+    before = probabilities.cumsum(-1) - probabilities  # what all likelier tokens hold
     if top_p < 1:
         probabilities = probabilities.masked_fill(before > max(top_p - ROUNDING, 0), 0.0)
     return probabilities / probabilities.sum(-1, keepdim=True), tokens
@@ -40,7 +39,7 @@ def nucleus(logits, temperature, top_p):
 def penalize(logits, written, penalty):
     """Lower the logits (B, V) of the ids that a reply already contains: `written` (B, t).
 
-    Else a repeated phrase becomes the likeliest continuation, and replies loop (arXiv:1909.05858).
+    Or a repeated phrase becomes the likeliest continuation, and replies loop (arXiv:1909.05858).
 
     >>> penalize(torch.tensor([[4.0, -1.0, 3.0]]), torch.tensor([[0, 1, 0]]), 2.0)
     tensor([[ 2., -2.,  3.]])
@@ -54,9 +53,9 @@ def choose(logits, temperature, top_p, numbers):
 
     numbers (B,): uniform in [0, 1). Each picks the first token whose cumulative sum exceeds it.
     """
-    if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
+    if not logits.amax(-1).isfinite().all():  # amax passes NaN on
         raise UserError("logits are not finite: damaged weights, or try --dtype float32")
-    if temperature < 1e-6:  # would divide by nothing
+    if temperature < 1e-6:  # would divide by zero
         return logits.float().argmax(-1)
     probabilities, tokens = nucleus(logits, temperature, top_p)
     sums = probabilities.cumsum(-1)
@@ -100,7 +99,7 @@ def generate(model, prompts, stop, *, max_new_tokens, temperature, top_p, genera
             replies[reply].append(token)
         if show:
             show(replies)
-        if count < room - 1:
+        if count < room - 1:  # the last is never read
             logits = next_logits(model, cache, tokens, running)
     return [(reply, len(reply) < room) for reply in replies]
 
@@ -119,7 +118,7 @@ def read_prompts(model, prompts, room, samples_each):
 
 
 def logits_after(model, cache, tokens, running):
-    """Read tokens (R,), drop all cache rows but `running` -> the next logits (R, V)."""
+    """Keep only the `running` rows of the cache, read tokens (R,) -> the next logits (R, V)."""
     if len(running) < len(cache.filled):
         cache.select(running)
     return model.logits(model(tokens, cache.step()))

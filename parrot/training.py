@@ -48,7 +48,7 @@ def held_out_batches(examples: Examples, max_tokens, device, title, share=list, 
 def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processes: Processes,
                    should_stop=lambda: False, batch_type=Batch, terms_of=token_losses,
                    names=("val_loss",)):
-    """{"val_loss": mean over all targets, in nats}; None where `should_stop()` turned true.
+    """{"val_loss": mean over all targets, in nats}; None if stopped.
 
     parrot.dpo passes its own batches and `terms_of`, which returns a row for each of `names`.
     """
@@ -60,8 +60,7 @@ def held_out_means(model: Llama, examples: Examples, max_tokens, dtype, processe
         sums += terms_of(model, batch, dtype).sum(-1).cpu()
         num_terms += batch.num_terms
     *sums, num_terms, stopped = processes.sum(*sums.tolist(), num_terms, bool(should_stop()))
-    means = (total / num_terms for total in sums)
-    return None if stopped else dict(zip(names, means, strict=True))
+    return None if stopped else {name: x / num_terms for name, x in zip(names, sums, strict=True)}
 
 
 def make_optimizer(model: Llama, config: TrainConfig):
@@ -74,8 +73,7 @@ def make_optimizer(model: Llama, config: TrainConfig):
     scales = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": scales, "weight_decay": 0.0}]
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(groups, config.learning_rate, betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(step, total_steps, peak, floor, warmup_ratio):

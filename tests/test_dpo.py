@@ -21,8 +21,8 @@ from parrot.dpo import (
     Pairs,
     PreferenceConfig,
     PreferenceTrainer,
+    log_ratios,
     preference_loss,
-    preference_margins,
 )
 from parrot.files import hub
 from parrot.files.examples import Examples
@@ -91,7 +91,7 @@ def test_loss_and_gradient_are_those_of_the_formula(both_ways, tiny_folder, tiny
     for indices in ([0, 1, 2], [3, 4]):
         batch = PairBatch.of(data, indices)
         with torch.no_grad():
-            batch.reference = preference_margins(reference, batch, torch.float32)
+            batch.reference = log_ratios(reference, batch, torch.float32)
         part = preference_loss(policy, batch, torch.float32)
         part.backward()
         loss += part.item()

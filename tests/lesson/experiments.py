@@ -36,11 +36,11 @@ EXPERIMENTS = {
         "        arrays = (tokens, rows, tokens[rows])")),
     "seams": (RECIPE + " --plain", (
         "parrot/attention.py",
-        "        for length in self.lengths:",
-        "        for length in [sum(self.lengths)]:")),
+        "        q, k, v = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))  # (heads, n, D)",
+        "        q, k, v = (x.transpose(0, 1).split(sum(self.lengths), dim=1) for x in (q, k, v))")),
     "positions": (RECIPE + " --plain", (
         "parrot/model.py",
-        "        y = layout.attend(layer, rotate(q, *angles), rotate(k, *angles), v)  # (N, H, D)",
+        "        y = layout.attend(layer, rotate(q, *cos_sin), rotate(k, *cos_sin), v)  # (N, H, D)",
         "        y = layout.attend(layer, q, k, v)  # (N, H, D)")),
     "facts": (FACTS, None),
     "stop": (FACTS, (
