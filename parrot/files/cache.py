@@ -36,7 +36,7 @@ def kept(name: str, make) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if _is_complete(folder):
             return folder
-        with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary, folder.name)
             made.mkdir()
             make(made)
