@@ -143,21 +143,20 @@ def tokenised(data: hub.Found, tokenizer, max_length, skip_bad, pairs=False, max
     most = (max_examples or math.inf) * versions
     recipe = [skip_bad, pairs, system]
     key = [hashlib.sha256(tokenizer.content).hexdigest(), PART, CODE, *recipe]
-    parts, places = [], defaultdict(list)
+    joined, places = Examples(), defaultdict(list)
     totals = {path: rows.count_rows(path) for path in data.files}
     for path, start in [(file, start) for file in totals for start in range(0, totals[file], PART)]:
         sha256, source = data.hashes[path], rows.source_of(path)
         name = cache.key_of(rows.format_of(path), sha256, start, *key)
         make = partial(write_part, path, sha256, start, totals[path], tokenizer, *recipe)
         folder = cache.kept(f"data/{name}", make)
-        parts.append(Examples.load(folder, source))
+        joined = joined.with_part(folder, source)
         for remark, where in read_json(folder / "notes.json").items():
             places[remark] += [f"{source}{place}" for place in where]
-        if sum(map(len, parts)) >= most:
+        if len(joined) >= most:
             break
     remarks = [f"{len(where)} {remark} ({', '.join(where[:3])}{' ...' * (len(where) > 3)})"
                for remark, where in places.items()]
-    joined = Examples.joined(parts)
     joined = joined.where(np.arange(len(joined)) < most)
     longest = joined.lengths.reshape(-1, versions).max(axis=1).repeat(versions)  # of a pair
     if too_long := int((longest > max_length).sum()) // versions:

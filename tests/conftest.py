@@ -48,7 +48,8 @@ def q4_folder(tmp_path_factory):
     folder = hub.find_weights("instruct-q4").path
     cache = tmp_path_factory.mktemp("cache")
     (cache / "littleparrot").mkdir()
-    (cache / "littleparrot" / folder.name).symlink_to(folder)
+    for kept in (folder, *folder.parent.glob("wheel-*")):
+        (cache / "littleparrot" / kept.name).symlink_to(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield cache / "littleparrot" / folder.name

@@ -45,7 +45,7 @@ def test_every_record_is_too_long(records_file, tiny_tokenizer):
 
 
 def test_everything_is_held_out(records_file, tiny_tokenizer):
-    record = next(r for r in some_records(50) if is_held_out(prompt_hash(to_messages(r)), 0.5))
+    record = next(r for r in some_records(50) if is_held_out(prompt_hash(to_messages(r, set())), 0.5))
     with pytest.raises(UserError, match="no example to train on .2 of 2 examples are held out .--val-fraction asks for 1.0.: there are 1 different prompts"):
         load_examples(find_data(records_file([record, record])), tiny_tokenizer, 100, 0.5)
 
@@ -80,7 +80,7 @@ def test_examples_are_the_tokens_of_the_template(records_file, tiny_tokenizer):
     records = some_records(10)
     train, _, _ = load_examples(find_data(records_file(records)), tiny_tokenizer, 1000, 0.0)
     for index, record in enumerate(records):
-        tokens, is_target = encode_chat(to_messages(record), tiny_tokenizer)
+        tokens, is_target = encode_chat(to_messages(record, set()), tiny_tokenizer)
         assert train[index][0].tolist() == tokens and train[index][1].tolist() == is_target
     assert train.source(3).endswith("records.jsonl:4")
 
@@ -150,7 +150,7 @@ def test_what_was_tokenised_before_an_interruption_is_kept(records_file, tiny_to
     train, _, _ = load_examples(find_data(path), tiny_tokenizer, 1000, 0.0)
     assert read == [0, 6, 12, 12, 18]
     for i, record in enumerate(some_records(20)):
-        assert train[i][0].tolist() == encode_chat(to_messages(record), tiny_tokenizer)[0]
+        assert train[i][0].tolist() == encode_chat(to_messages(record, set()), tiny_tokenizer)[0]
         assert train.source(i) == f"{path}:{i + 1}"
 
 
@@ -237,7 +237,7 @@ def test_the_store_gives_back_what_was_written(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     pairs = [(tokens, [t % 2 == 0 for t in tokens]) for tokens, _, _ in parts]
     Examples.of(pairs, [number for _, number, _ in parts], [held for *_, held in parts]).save(folder)
-    everything = Examples.load(folder, "x:")
+    everything = Examples().with_part(folder, "x:")
     for side, read in enumerate((everything.where(everything.hashes == 0), everything.where(everything.hashes == 1))):
         written = [(tokens, number) for tokens, number, held in parts if held == side]
         assert [read[i][0].tolist() for i in range(len(read))] == [tokens for tokens, _ in written]

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,14 +14,6 @@ from parrot.system.console import UserError
 from parrot.system.disk import flush, read_json, sha256_of, write_json
 
 SIZES = "sizes.json"  # the size of every other file of a folder, to notice one that is truncated
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/littleparrot, or ~/.cache/littleparrot."""
-    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if place.startswith("~"):  # as in a container whose user has no name
-        raise UserError("no place for the cache: set HOME, or XDG_CACHE_HOME, to a folder of yours")
-    return Path(place) / "littleparrot"
 
 
 def key_of(*parts) -> str:
@@ -37,16 +28,15 @@ def source_hash(*sources) -> str:
 
 def kept(name: str, make) -> Path:
     """The folder `name` of the cache, made by `make(folder)` if it is not there and whole."""
-    folder = cache_folder() / name
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if place.startswith("~"):  # as in a container whose user has no name
+        raise UserError("no place for the cache: set HOME, or XDG_CACHE_HOME, to a folder of yours")
+    folder = Path(place, "littleparrot", name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob("tmp*"):  # of processes that were killed a day ago
-            with suppress(FileNotFoundError):  # another process is deleting the same
-                if abs(time.time() - leftover.stat().st_mtime) > 86_400:
-                    shutil.rmtree(leftover, ignore_errors=True)
         if _is_complete(folder):
             return folder
-        with tempfile.TemporaryDirectory(prefix="tmp", dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary, folder.name)
             made.mkdir()
             make(made)

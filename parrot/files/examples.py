@@ -3,17 +3,15 @@
 import numpy as np
 
 FILES = "tokens.npy", "targets.npy", "index.npy"  # of a part: what `parts` and `index` say below
+NO_EXAMPLES = np.zeros((0, 5), np.int64)
 
 
 class Examples:
-    """Examples by number, whichever part of the data they lie in.
+    """Examples by number, whichever part of the data they lie in."""
 
-    parts: [(tokens, is_target, source)], flat arrays and what precedes a number: "data.jsonl:"
-    index: (examples, 5): part, start, length, number of the record, hash of the prompt
-    """
-
-    def __init__(self, parts, index):
-        self.parts, self.index = parts, index
+    def __init__(self, parts=(), index=NO_EXAMPLES):
+        self.parts = parts  # [(flat tokens, is_target, what precedes a number: "data.jsonl:")]
+        self.index = index  # (examples, 5): part, start, length, number of record, hash of prompt
         self.lengths, self.hashes = index[:, 2], index[:, 4]
         self.longest = int(self.lengths.max(initial=0))
 
@@ -28,24 +26,16 @@ class Examples:
         index[:, 3], index[:, 4] = numbers, hashes
         return cls([(tokens, is_target.astype(bool), "")], index)
 
-    @classmethod
-    def joined(cls, several):
-        parts, indices = [], [np.zeros((0, 5), np.int64)]
-        for examples in several:
-            indices.append(examples.index + [len(parts), 0, 0, 0, 0])
-            parts += examples.parts
-        return cls(parts, np.concatenate(indices))
-
     def save(self, folder):
         """Write a single part."""
         for name, array in zip(FILES, (*self.parts[0][:2], self.index), strict=True):
             np.save(folder / name, array)
 
-    @classmethod
-    def load(cls, folder, source):
-        """What was saved; its tokens are still on disk."""
+    def with_part(self, folder, source):
+        """These, then those that were saved in `folder`, whose tokens are still on disk."""
         tokens, is_target, index = (np.load(folder / name, mmap_mode="r") for name in FILES)
-        return cls([(tokens, is_target, source)], np.array(index))
+        index = np.concatenate([self.index, index + [len(self.parts), 0, 0, 0, 0]])
+        return Examples([*self.parts, (tokens, is_target, source)], index)
 
     def __len__(self):
         return len(self.index)

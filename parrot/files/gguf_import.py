@@ -1,14 +1,10 @@
-"""A GGUF file of a SmolLM2 -> a Hugging Face model folder.
-
-The package `gguf` undoes the quantisation; names, order of rows, and tokenizer are left to do.
-"""
+"""A GGUF file of a SmolLM2 -> a Hugging Face model folder."""
 
 import re
 
 import tokenizers
 import torch
 from safetensors import SafetensorError
-from tokenizers import decoders, models, pre_tokenizers
 
 from parrot.files.model_folder import read_config, write
 from parrot.files.tokenizer import Tokenizer
@@ -47,16 +43,15 @@ def import_gguf(path, folder):
         fields = {name: field.contents() for name, field in reader.fields.items()}
         write_json(folder / "config.json", _config(fields))
         config = read_config(folder)
-        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         tensors = {}
         for tensor in reader.tensors:
             name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
             if not name or name[2] not in TENSORS:
                 raise UserError(f"tensor {tensor.name} has no place in this architecture")
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            weight = torch.from_numpy(array.copy()).to(torch.bfloat16)
-            if name[2] in heads:
-                weight = unpermute(weight, heads[name[2]])
+            weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
+            if name[2] in ("attn_q", "attn_k"):
+                pairs = weight.unflatten(0, (-1, config["head_dim"] // 2, 2))  # rows 2i and 2i + 1
+                weight = pairs.transpose(1, 2).flatten(0, 2)  # ours: i and i + D / 2 of each head
             block = f"model.layers.{name[1]}." if name[1] else ""
             tensors[f"{block}{TENSORS[name[2]]}.weight"] = weight
         _write_tokenizer(fields, folder)
@@ -71,7 +66,6 @@ def import_gguf(path, folder):
 
 
 def _config(fields):
-    """The fields of a GGUF -> those of a config.json."""
     for name, expected in EXPECTED.items():
         value = fields.get(name)
         refuse(name, {f"is {value!r:.60}, not {expected!r}": (value or False) != expected})
@@ -84,20 +78,14 @@ def _config(fields):
     return raw
 
 
-def unpermute(weight, heads):
-    """llama.cpp's order of the rows of a head of q or k, where 2i and 2i + 1 are a pair -> ours."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
 def _write_tokenizer(fields, folder):
-    """The GGUF's vocabulary and merges -> tokenizer.json."""
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    backend.decoder = decoders.ByteLevel()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = tokenizers.decoders.ByteLevel()
     types = zip(vocab, fields["tokenizer.ggml.token_type"], strict=True)  # no token twice
     backend.add_special_tokens([token for token, kind in types if kind == 3])  # control tokens
     backend.save(str(folder / "tokenizer.json"))

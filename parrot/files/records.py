@@ -21,7 +21,6 @@ SHAPES = {
     "reply": ("response", "output", "completion", "answer"),
     "system": ("system", "system_prompt"),
     "history": ("history",),  # pairs of a question and its answer
-    "category": ("category",),  # the kind of task (Dolly has eight): not used, without a remark
     "pair": ("chosen", "rejected")}  # for parrot.dpo
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -48,8 +47,7 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=
         if isinstance(row, bytes) and not row.strip():
             continue
         try:
-            unused = set()
-            record = row
+            record, unused = row, set()
             if isinstance(row, bytes):
                 record = json.loads(row.decode("utf-8"), object_pairs_hook=rows.to_dict)
             versions = to_pair(record, unused) if pairs else [to_messages(record, unused)]
@@ -65,26 +63,24 @@ def read_conversations(path, bad: list | None = None, start=0, stop=None, pairs=
             yield Conversation(messages, f"{source}{number}", number, frozenset(unused))
 
 
-def to_messages(record, unused: set | None = None) -> list[dict]:
+def to_messages(record, unused: set) -> list[dict]:
     """A record in any of the SHAPES -> messages; its keys whose text is not used join `unused`."""
-    rest = {"messages": record} if isinstance(record, list) else record
-    if not isinstance(rest, dict) or None in rest:  # None: cells of CSV that have no name
+    fields = {"messages": record} if isinstance(record, list) else record
+    if not isinstance(fields, dict) or None in fields:  # None: cells of CSV that have no name
         raise UserError(f"not a JSON object but {record!r:.40}")
-    rest = {key: value for key, value in rest.items()
+    rest = {key: value for key, value in fields.items()
             if _has_text(value) or (key in TEXTS and _is_something(value))}
-    unused = set() if unused is None else unused
     messages = _turns(*_take(rest, "turns"), unused) or _prompt_and_reply(rest, unused)
     messages = _turns(*_take(rest, "history"), unused) + messages
     if messages[0]["role"] != "system":  # else it is reported as unused
         system, key = _take(rest, "system")
         messages = _turns({"role": "system", "content": system}, key, unused) + messages
-    _take(rest, "category")
+    rest.pop("category", None)  # the kind of task (Dolly has eight): not used, without a remark
     unused.update(rest)
-    marks = record if isinstance(record, dict) else {}
     length = sum(len(message["content"]) for message in messages)
     refuse("it has", {
         "label false or weight 0, so it is not to be learned":
-            marks.get("label") is False or marks.get("weight") == 0,
+            fields.get("label") is False or fields.get("weight") == 0,
         "no reply to learn from": not any(map(is_learned, messages)),
         f"{length:,} characters, more than {MAX_CHARACTERS:,}": length > MAX_CHARACTERS})
     return messages
@@ -135,8 +131,7 @@ def is_learned(message):  # a reply whose tokens are targets
     return message["role"] == "assistant" and "weight" not in message
 
 
-def _only_read(messages):
-    """The messages, so that no reply among them is learned: as in TRL, only the last one is."""
+def _only_read(messages):  # no reply among them is learned then: as in TRL, only the last one is
     return [{**message, "weight": 0} if message["role"] == "assistant" else message
             for message in messages]
 
@@ -188,8 +183,7 @@ def _is_something(value):  # neither nothing, nor a text
     return not isinstance(value, str) and value not in (None, [], {}) and value == value  # no NaN
 
 
-def _has_text(value):
-    """Whether there is text in a JSON value, however deep."""
+def _has_text(value):  # however deep it lies in a JSON value
     if isinstance(value, str):
         return bool(value.strip())
     inner = value.values() if isinstance(value, dict) else value

@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 from itertools import islice
-from pathlib import Path
 
 from parrot.system.console import UserError
 from parrot.system.disk import open_to_read
@@ -20,15 +19,12 @@ csv.field_size_limit(1 << 30)
 
 def format_of(path):
     """One of FORMATS, by the name: a file of another name holds JSON lines."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    return suffix if suffix in FORMATS else ".jsonl"
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), ".jsonl")
 
 
 def read_rows(path, start=0, columns=()):
-    """Yield (number, row), numbers from 1 on, after the first `start` rows. UserError.
-
-    Of a Parquet file only text and the named columns are read: the others may hold anything.
-    """
+    """Yield (number, row), numbers from 1 on, after the first `start` rows. UserError."""
     try:
         kind, rows = format_of(path), _lines(path)
         if kind == ".parquet":
@@ -84,6 +80,7 @@ def _lines(path):
 def _parquet_rows(path, start, columns):
     from pyarrow import parquet  # late: few need it
     file = parquet.ParquetFile(open_to_read(path))
+    # Of the other columns nothing is used, and they may hold anything.
     names = [field.name for field in file.schema_arrow if columns is not None
              and (field.name in columns or "string" in str(field.type))
              and "timestamp[ns" not in str(field.type)]  # which needs pandas

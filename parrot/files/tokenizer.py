@@ -4,7 +4,6 @@ A *control token* such as `<|im_end|>` is one id that no text can spell here: ty
 becomes ordinary tokens that end no turn. Only code that asks for `control(...)` gets the id.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tokenizers
 from parrot.system.console import UserError, refuse
 from parrot.system.disk import open_to_read, read_json
 
+KINDS = tokenizers.models.BPE, tokenizers.decoders.ByteLevel  # of model and decoder
 CONTROL = END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 LETTERS = "".join(map(chr, [*range(32, 2048), *range(0x1000, 0xD000, 0x1000), 0xE000, 0xF000]))
 TRIAL = ("<|im_start|>system\nBe KIND.<|im_end|>\n<|im_start|>user\nNaïve e\u0301 漢 🦜's\n\n\tx  y"
@@ -36,17 +36,14 @@ class Tokenizer:
             known = [name for name in CONTROL if self.backend.token_to_id(name) is not None]
             self.backend.add_special_tokens(known)  # the file may not mark them as special
             # What changes text, or joins it over the seams of chat.pieces_of, is refused.
-            model, text = self.backend.model, self.decode(self.encode(TRIAL))
-            same = len(os.path.commonprefix([TRIAL, text]))
-            is_bpe = isinstance(model, tokenizers.models.BPE) and not (
-                model.dropout or self.backend.normalizer)
+            kinds = type(self.backend.model), type(self.backend.decoder)
             pieces = re.split(r"(<\|im_\w+\|>|(?<=assistant\n))", TRIAL)
             tokens = [[self.control(piece)] if piece in known else self.encode(piece)
                       for piece in pieces]
             refuse(path, {
                 "is not a byte-level BPE like SmolLM2's (or has dropout, or a normalizer)":
-                    not is_bpe or type(self.backend.decoder) is not tokenizers.decoders.ByteLevel,
-                f"changes text: {TRIAL[same:][:9]!a} becomes {text[same:][:9]!a}": text != TRIAL,
+                    kinds != KINDS or self.backend.model.dropout or self.backend.normalizer,
+                "changes text: it does not come back": self.decode(self.encode(TRIAL)) != TRIAL,
                 "encodes a conversation differently from its pieces":
                     IM_END in known and sum(tokens, []) != whole})
         except (KeyboardInterrupt, UserError):
@@ -75,8 +72,7 @@ class Tokenizer:
         return self.backend.decode(list(map(int, tokens)), skip_special_tokens=not with_control)
 
 
-def read_chat_template(folder):
-    """The chat template of a model folder, or None."""
+def read_chat_template(folder):  # or None
     path = folder / "chat_template.jinja"  # where newer folders keep it
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")

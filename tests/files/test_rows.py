@@ -45,7 +45,7 @@ FILES = {
 def test_a_file_of_any_format(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(FILES[name])
-    assert messages_in(path) == [to_messages(record) for record in RECORDS]
+    assert messages_in(path) == [to_messages(record, set()) for record in RECORDS]
     assert count_rows(path) == 5
     assert [number for number, _ in read_rows(path, 3)] == [4, 5]
 
@@ -75,7 +75,7 @@ def test_parquet_of_several_row_groups(tmp_path):
 def test_parquet_with_columns_that_are_not_needed(column, tmp_path):
     plain = pyarrow.Table.from_pylist(RECORDS)
     parquet.write_table(plain.append_column("extra", column), tmp_path / "data.parquet")
-    assert messages_in(tmp_path / "data.parquet") == [to_messages(record) for record in RECORDS]
+    assert messages_in(tmp_path / "data.parquet") == [to_messages(record, set()) for record in RECORDS]
 
 
 def test_parquet_turns_that_hold_a_time(tmp_path):
@@ -176,7 +176,7 @@ SETS = [  # files, split, the chosen ones, or the fault
     (["en/train.jsonl", "fr/train.jsonl"], "fr/train", ["fr/train.jsonl"]),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train", "several parts"),
     (["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00001.parquet"], "train_sft", ["train_sft-00000-of-00001.parquet"]),
-    (["train.jsonl"], "test", "no data file for 'test' .it has train;"), (["README.md"], "train", "no data file for 'train'"),
+    (["train.jsonl"], "test", "no data file for 'test' .it has .'train'.;"), (["README.md"], "train", "no data file for 'train'"),
     (["test.jsonl"], "train", "no data file for 'train'")]
 
 

@@ -118,7 +118,7 @@ def die_half_way_through(number, share):
                 die()
         return save
     checkpoint.save_file = dying(checkpoint.save_file)
-    model_folder.save_file = dying(model_folder.save_file)
+    model_folder.safetensors.torch.save_file = dying(model_folder.safetensors.torch.save_file)
 
 
 # ---- the runs
