@@ -98,8 +98,7 @@ def prompt_hash(messages):
     """A 63-bit hash of all that precedes the first reply, whatever its case and white space."""
     prompt = [" ".join(message["content"].lower().split())
               for message in takewhile(lambda message: message["role"] != "assistant", messages)]
-    digest = hashlib.sha256("\n".join(prompt).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256("\n".join(prompt).encode()).digest()[:8], "big") >> 1
 
 
 def is_held_out(hashes, fraction):
