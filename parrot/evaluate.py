@@ -20,9 +20,8 @@ from tqdm import tqdm
 from parrot import fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import EvaluateConfig
-from parrot.data import is_held_out, tokenised
+from parrot.data import Examples, is_held_out, tokenised
 from parrot.files import hub
-from parrot.files.examples import Examples
 from parrot.run import report
 from parrot.system.command_line import parse
 from parrot.system.console import UserError, printable, run_program, say
@@ -140,9 +139,8 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
 
 
 def cell(value):
-    if isinstance(value, tuple):
-        mean, error = value
-        return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    if isinstance(value, tuple):  # a mean and its error, which may be None
+        return " ± ".join(f"{number:.3f}" for number in value if number is not None)
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value)).replace("\n", " ")
 
 

@@ -198,10 +198,9 @@ def load(path, tensors):
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(file.metadata()["progress"]))
-    for field in fields(Progress):
-        value = getattr(progress, field.name)
-        if not isinstance(value, field.type) or not math.isfinite(value or 0):
-            raise ValueError(f"{field.name} is {value!r}")
+    for name, value in vars(progress).items():
+        if not isinstance(value, Progress.__annotations__[name]) or not math.isfinite(value or 0):
+            raise ValueError(f"{name} is {value!r}")
     for name in tensors.keys() | saved.keys():
         fits = (saved[name].shape, saved[name].dtype) == (tensors[name].shape, tensors[name].dtype)
         if not fits or (name.startswith("step.") and saved[name] != progress.step):

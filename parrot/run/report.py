@@ -42,12 +42,9 @@ def write(folder: Path):
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
-        before = about.pop("before", [])
-        after = dict(about.pop("after", []))  # a resumed run may --ask others
-        run_json = json.dumps(about, indent=2, ensure_ascii=False)
-        values = {"first_loss": None, "best_loss": None, **about["config"], **about,
-                  "before": before, "after": after, "run_json": run_json,
-                  "points": partial(points, metrics)}
+        values = {"first_loss": None, "best_loss": None, "before": [], "after": [],
+                  **about["config"], **about, "points": partial(points, metrics),
+                  "run_json": json.dumps(about, indent=2, ensure_ascii=False)}
         texts = {name: page.render(values) for name, page in PAGES.items()}
     for name, text in texts.items():
         replace_text(folder / name, text)
@@ -59,8 +56,7 @@ def points(metrics, *keys):
             if math.isfinite(line.get(key, math.nan))]
 
 
-def read_if_there(path):
-    """The JSON object in a file; {} where there is no such file."""
+def read_if_there(path):  # {} where there is no such file
     return read_json(path) if path.is_file() else {}
 
 

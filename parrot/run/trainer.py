@@ -109,8 +109,7 @@ class Trainer:
                 yield step
             self._evaluate()
 
-    def _ask(self, when):
-        """Show the replies to the questions, in the terminal and in the report."""
+    def _ask(self, when):  # shows the replies to questions, in the terminal and in the report
         if self.processes.rank > 0:
             return
         asked = self.assistant

@@ -50,10 +50,7 @@ def replace_text(path, text):
 
 
 def replace_file(path, write):
-    """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
-
-    Even after a power cut, `path` is the old file or the new one. Nobody can guess the other path.
-    """
+    """Let `write(path)` make a file elsewhere. `path` is the old one or the new, whatever fails."""
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
