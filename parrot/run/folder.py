@@ -161,8 +161,6 @@ class RunFolder:
     @writing
     def save(self, model, optimizer, progress: Progress):
         """Write what a resumed run needs; its examples follow from seed and step."""
-        if not self.keeps or progress.step == 0:
-            return
         tensors = tensors_of(model, optimizer)
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}

@@ -144,7 +144,7 @@ class Trainer:
         names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, step + 1, f"the loss is {loss} and the gradient norm "
                                                        f"{grad_norm}. Its examples: {names}")
-        if status or step % self.config.save_every == 0:
+        if step and self.folder.keeps and (status or step % self.config.save_every == 0):
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
             how = "--resume goes on from here" if self.folder.keeps else "nothing was kept"

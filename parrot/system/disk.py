@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 
 
 def read_json(path):
@@ -16,8 +16,7 @@ def read_json(path):
         content = json.loads(open_to_read(path).read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+    refuse(path, {"does not hold a JSON object": not isinstance(content, dict)})
     return content
 
 
@@ -32,8 +31,7 @@ def sha256_of(path):
 
 def open_to_read(path):
     """A file, opened for bytes. UserError."""
-    if Path(path).is_fifo():  # reading would wait for a writer
-        raise UserError(f"{path} is a pipe, not a file")
+    refuse(path, {"is a pipe, not a file": Path(path).is_fifo()})  # would wait for a writer
     try:
         return open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
