@@ -167,8 +167,7 @@ def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):
     """Say so if the run in this folder was trained on what is held out now."""
     with report.contents_of(folder / "run.json"):
         if about := report.read_if_there(folder / "run.json"):
-            before = about["config"]
-            fraction = 0 if before.get("val_data") else before["val_fraction"]
+            fraction = 0 if about["config"].get("val_data") else about["config"]["val_fraction"]
             shared = set(about["data"]["files"].values()) & set(data.hashes.values())
             if shared and fraction < config.val_fraction:
                 say(f"{folder} held out only {fraction:g} of this data: it was trained on the rest")

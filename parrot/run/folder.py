@@ -81,8 +81,7 @@ def writing(method):
         try:
             return method(self, *args, **kwargs) if self.writes else None
         except (OSError, safetensors.SafetensorError) as error:
-            fault = f"cannot write into {self.path}: {getattr(error, 'strerror', None) or error}"
-            raise UserError(f"{fault}. {self.what_is_safe()}") from None
+            raise UserError(f"cannot write into {self.path}: {error}. {self.what_next()}") from None
     return guarded
 
 
@@ -154,7 +153,7 @@ class RunFolder:
         self.lock.close()
         (self.path / "lock.part").unlink()
 
-    def what_is_safe(self):  # a sentence for the end of an error message
+    def what_next(self):  # a sentence for the end of an error message
         return (f"{self.checkpoint} is intact: --resume continues from it."
                 if self.checkpoint.is_file() else "No checkpoint was written yet.")
 

@@ -152,7 +152,7 @@ class Trainer:
 
     def _check_finite(self, value, step, words):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {words}. {self.folder.what_is_safe()} If it happens "
+            raise UserError(f"step {step}: {words}. {self.folder.what_next()} If it happens "
                             "again, start anew with a lower --learning-rate and another --out.")
 
     def log_step(self, batches, **values):  # in metrics.jsonl and the progress bar

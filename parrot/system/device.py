@@ -46,7 +46,7 @@ def multiplies_bfloat16(device):
 
 
 def tokens_per_forward(model, dtype, longest=0):
-    """How many tokens pay and fit in memory. longest: the document, where attention is plain."""
+    """The token budget of one forward. longest: of the documents, where attention is plain."""
     if model.device.type != "cuda":
         # Measured on two cores: fewer are slower (16 bits: 2%, float32: 12%), more take memory.
         return min(1536, 256 * torch.get_num_threads()) if dtype == torch.float32 else 1536

@@ -63,8 +63,7 @@ def replace_file(path, write):
 
 def flush(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and Path(path).is_dir():
-        return  # Windows cannot open folders, and needs no flush of them
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if os.name != "nt" or Path(path).is_file():  # Windows cannot open folders, and need not
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

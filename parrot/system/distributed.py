@@ -76,6 +76,5 @@ class Processes:
             if self.size > 1:
                 function(message, *args, **kwargs)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"another process of this run has ended ({reason})") from None
+            raise UserError(f"another process of this run has ended ({error!s:.100})") from None
         return message
