@@ -33,7 +33,7 @@ class Trainer:
         if self.processes.rank > 0:
             self.processes.sum(0)  # waits: the first process downloads and tokenises for all
         self.sources = {"val_data": hub.find_data(config.val_data or [], of=config.data),
-                        "weights": hub.find_weights(config.weights), "data": self.find_data()}
+                        "data": self.find_data(), "weights": hub.find_weights(config.weights)}
         folder = self.sources["weights"].path
         self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
         self.assistant = assistant.Assistant("", self.model, self.tokenizer, "chat")
@@ -92,12 +92,11 @@ class Trainer:
         settings = {**about["config"], "out": "", "device": ""}
         self.processes.check_same("settings and files", [settings, files])
         self.folder.open(about, self.config.resume)
-        # The first process reads the checkpoint; the others may not share its disk.
-        progress = self.folder.restore(self.model, self.optimizer)
+        progress = self.folder.restore(self.model, self.optimizer)  # in the first process
         tensors = tensors_of(self.model, self.optimizer).values()
         self.progress = self.processes.copy_first(progress, tensors)
         first, last = self.progress.step, self.total_steps
-        if first == 0:
+        if first == 0 and self.folder.writes:
             self._ask("before")
         self.bar = tqdm(range(first, last), "training", last, initial=first, unit="step",
                         disable=self.processes.rank > 0)
@@ -110,8 +109,6 @@ class Trainer:
             self._evaluate()
 
     def _ask(self, when):  # shows the replies to questions, in the terminal and in the report
-        if self.processes.rank > 0:
-            return
         asked = self.assistant
         if when == "after" and self.folder.keeps:  # what is kept is the best
             self.optimizer.state.clear()  # memory for a second model
@@ -196,7 +193,8 @@ class Trainer:
         folder, progress, peak = self.folder, self.progress, peak_memory(self.model.device)
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        self._ask("after")
+        if folder.writes:
+            self._ask("after")
         folder.finish(peak_memory=peak)
         say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
             f"{peak / 1e9:.1f} GB at most")
