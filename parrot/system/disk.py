@@ -48,7 +48,7 @@ def replace_text(path, text):
 
 
 def replace_file(path, write):
-    """Let `write(path)` make a file elsewhere. `path` is the old one or the new, whatever fails."""
+    """Let `write(a path nobody can guess)` make a file, flush it, rename it to `path`."""
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
