@@ -22,7 +22,7 @@ from parrot.training import learning_rate, loss_sum
 def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
     """Train as `config` says; parrot.dpo passes its own class and loss. UserError, Interrupted."""
     fast.enabled = not config.plain
-    run = trainer_class(config, loss_sum)  # loads the model and the data
+    run = trainer_class(config)  # loads the model and the data
     if config.dry_run:
         return run.dry_run()
     model, optimizer, processes = run.model, run.optimizer, run.processes

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,11 @@ from tqdm import tqdm
 from parrot import fast, sampling, training
 from parrot.assistant import Assistant
 from parrot.config import EvaluateConfig
-from parrot.data import is_held_out, tokenised
+from parrot.data import Examples, is_held_out, tokenised
 from parrot.files import hub
-from parrot.files.examples import Examples
 from parrot.run import report
 from parrot.system.command_line import parse
-from parrot.system.console import UserError, printable, run_program, say
+from parrot.system.console import printable, refuse, run_program, say
 from parrot.system.device import pick
 
 FACTS = Path(__file__).with_name("questions.jsonl")
@@ -73,15 +73,14 @@ def held_out_loss(model, examples: Examples):  # (mean, standard error), in nats
     return mean_and_error(sums, counts)
 
 
-def write_replies(assistant: Assistant, prompts, config: EvaluateConfig, title, temperature=0,
-                  max_new_tokens=48):
+def write_replies(assistant: Assistant, prompts, config: EvaluateConfig):
     """Replies to prompts, in batches -> (their tokens, whether they ended), two lists."""
     written, generator = [], torch.Generator().manual_seed(config.seed)
-    for start in tqdm(range(0, len(prompts), config.batch_size), title, leave=False):
+    for start in tqdm(range(0, len(prompts), config.batch_size), "replies", leave=False):
         written += sampling.generate(
             assistant.model, prompts[start:start + config.batch_size], assistant.stop,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=config.top_p,
-            repetition_penalty=config.repetition_penalty, generator=generator)
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_p=config.top_p, repetition_penalty=config.repetition_penalty, generator=generator)
     return zip(*written, strict=True)
 
 
@@ -102,9 +101,8 @@ def reply_table(assistant: Assistant, examples: Examples, config: EvaluateConfig
     pairs.sort(key=lambda pair: len(pair[0]))  # a batch has similar lengths
     prompts, references = zip(*pairs, strict=True)
     table = {"references, repeated 4-grams": share_repeated(references)}
-    for kind, temperature in (("greedy", 0), ("sampled", config.temperature)):
-        tokens, ended = write_replies(assistant, prompts, config, kind, temperature,
-                                      config.max_new_tokens)
+    for kind, settings in (("greedy", replace(config, temperature=0)), ("sampled", config)):
+        tokens, ended = write_replies(assistant, prompts, settings)
         texts = (map(assistant.tokenizer.decode, several) for several in (tokens, references))
         table |= {
             f"{kind}, prompts": len(prompts),
@@ -118,7 +116,7 @@ def reply_table(assistant: Assistant, examples: Examples, config: EvaluateConfig
 def facts_right(assistant: Assistant, config: EvaluateConfig):  # such as "80 of 118"
     facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
     prompts = [assistant.prompt([{"role": "user", "content": fact["question"]}]) for fact in facts]
-    tokens, _ = write_replies(assistant, prompts, config, "facts")
+    tokens, _ = write_replies(assistant, prompts, replace(config, temperature=0, max_new_tokens=48))
     right = [is_right(assistant.tokenizer.decode(reply), fact["accepted"])
              for reply, fact in zip(tokens, facts, strict=True)]
     return f"{sum(right)} of {len(right)}"
@@ -131,8 +129,7 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
                                   system=assistant.system)
     examples = examples.where(is_held_out(examples.hashes, config.val_fraction))
     say(*remarks)
-    if not len(examples):
-        raise UserError(f"--val-fraction holds out no example of at most {limit} tokens")
+    refuse("--val-fraction", {f"holds out no example of up to {limit} tokens": not len(examples)})
     name = Path(data.origin["name"]).name
     return {"model": assistant.name, "data": name, "held-out examples": len(examples),
             "held-out loss": held_out_loss(assistant.model, examples),
@@ -140,9 +137,8 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
 
 
 def cell(value):
-    if isinstance(value, tuple):
-        mean, error = value
-        return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    if isinstance(value, tuple):  # a mean and its error, which may be None
+        return " ± ".join(f"{number:.3f}" for number in value if number is not None)
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value)).replace("\n", " ")
 
 
@@ -171,8 +167,7 @@ def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):
     """Say so if the run in this folder was trained on what is held out now."""
     with report.contents_of(folder / "run.json"):
         if about := report.read_if_there(folder / "run.json"):
-            before = about["config"]
-            fraction = 0 if before.get("val_data") else before["val_fraction"]
+            fraction = 0 if about["config"].get("val_data") else about["config"]["val_fraction"]
             shared = set(about["data"]["files"].values()) & set(data.hashes.values())
             if shared and fraction < config.val_fraction:
                 say(f"{folder} held out only {fraction:g} of this data: it was trained on the rest")

@@ -246,7 +246,7 @@ def test_a_measure_that_one_model_lacks():
 
 def test_errors_in_words(run, tmp_path, tiny_folder):
     status, out, err = run(tiny_folder, "--max-length", 8)
-    assert status == 1 and out == "" and "holds out no example of at most 8 tokens" in err
+    assert status == 1 and out == "" and "holds out no example of up to 8 tokens" in err
     status, out, err = run(tmp_path / "nowhere")
     assert status == 1 and out == "" and "no such file or folder" in err
     assert run()[0] == 2

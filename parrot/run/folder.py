@@ -81,8 +81,7 @@ def writing(method):
         try:
             return method(self, *args, **kwargs) if self.writes else None
         except (OSError, safetensors.SafetensorError) as error:
-            fault = f"cannot write into {self.path}: {getattr(error, 'strerror', None) or error}"
-            raise UserError(f"{fault}. {self.what_is_safe()}") from None
+            raise UserError(f"cannot write into {self.path}: {error}. {self.what_next()}") from None
     return guarded
 
 
@@ -154,15 +153,13 @@ class RunFolder:
         self.lock.close()
         (self.path / "lock.part").unlink()
 
-    def what_is_safe(self):  # a sentence for the end of an error message
+    def what_next(self):  # a sentence for the end of an error message
         return (f"{self.checkpoint} is intact: --resume continues from it."
                 if self.checkpoint.is_file() else "No checkpoint was written yet.")
 
     @writing
     def save(self, model, optimizer, progress: Progress):
         """Write what a resumed run needs; its examples follow from seed and step."""
-        if not self.keeps or progress.step == 0:
-            return
         tensors = tensors_of(model, optimizer)
         flush(self.metrics)  # its lines up to here will not be written again
         metadata = {"progress": json.dumps(asdict(progress))}
@@ -198,10 +195,9 @@ def load(path, tensors):
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(file.metadata()["progress"]))
-    for field in fields(Progress):
-        value = getattr(progress, field.name)
-        if not isinstance(value, field.type) or not math.isfinite(value or 0):
-            raise ValueError(f"{field.name} is {value!r}")
+    for name, value in vars(progress).items():
+        if not isinstance(value, Progress.__annotations__[name]) or not math.isfinite(value or 0):
+            raise ValueError(f"{name} is {value!r}")
     for name in tensors.keys() | saved.keys():
         fits = (saved[name].shape, saved[name].dtype) == (tensors[name].shape, tensors[name].dtype)
         if not fits or (name.startswith("step.") and saved[name] != progress.step):

@@ -3,19 +3,37 @@
 import json
 import math
 from contextlib import contextmanager
-from html import escape
+from functools import partial
 from pathlib import Path
-from string import Template
 
+import jinja2
 from safetensors import SafetensorError
 
 from parrot.system.console import UserError, printable
 from parrot.system.disk import read_json, replace_text
 
-REPORT = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-CARD = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ",
                         **{mark: "\\" + mark for mark in "\\`*_[]#!|~@:$"}})
+
+
+def plain(value):
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "n/a" if value is None else printable(str(value))
+
+
+def markdown(value):
+    return plain(value).translate(MARKUP)
+
+
+def template(name, **options):
+    """A file beside this one; every value that it shows passes through `finalize`."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, **options).from_string(text)
+
+
+PAGES = {"report.html": template("report.html", finalize=plain, autoescape=True),
+         "README.md": template("card.md", finalize=markdown, keep_trailing_newline=True)}
 
 
 def write(folder: Path):
@@ -24,28 +42,21 @@ def write(folder: Path):
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     with contents_of(folder):
         metrics = [json.loads(line) for line in lines]
-        after = dict(about.pop("after", []))  # a resumed run may --ask others
-        replies = ""
-        for question, reply in about.pop("before", []):
-            cells = map(html, (question, reply, after.get(question, "not yet known")))
-            replies += f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
-        values = {"first_loss": None, "best_loss": None, **about["config"], **about,
-                  "done": len(points(metrics, "train_loss"))}
-        for name in ("weights", "data"):
-            values[name] = f"{about[name]['name']} ({about[name]['from']})"
-        report = REPORT.substitute(
-            {name: html(value) for name, value in values.items()},
-            losses=chart(metrics, "train_loss", "val_loss"), rates=chart(metrics, "learning_rate"),
-            speeds=chart(metrics, "tokens_per_second"), norms=chart(metrics, "grad_norm"),
-            margins=chart(metrics, "val_margin"), accuracies=chart(metrics, "val_accuracy"),
-            replies=replies, run_json=html(json.dumps(about, indent=2, ensure_ascii=False)))
-        card = CARD.substitute({name: markdown(value) for name, value in values.items()})
-    replace_text(folder / "report.html", report)
-    replace_text(folder / "README.md", card)
+        values = {"first_loss": None, "best_loss": None, "before": [], "after": [],
+                  **about["config"], **about, "points": partial(points, metrics),
+                  "run_json": json.dumps(about, indent=2, ensure_ascii=False)}
+        texts = {name: page.render(values) for name, page in PAGES.items()}
+    for name, text in texts.items():
+        replace_text(folder / name, text)
 
 
-def read_if_there(path):
-    """The JSON object in a file; {} where there is no such file."""
+def points(metrics, *keys):
+    """[(step, value)] of the lines that have a finite value under one of the keys."""
+    return [(line["step"], line[key]) for key in keys for line in metrics
+            if math.isfinite(line.get(key, math.nan))]
+
+
+def read_if_there(path):  # {} where there is no such file
     return read_json(path) if path.is_file() else {}
 
 
@@ -55,42 +66,5 @@ def contents_of(path):
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
-            SafetensorError) as error:
+            SafetensorError, jinja2.TemplateError) as error:
         raise UserError(f"{path} is damaged, or not LittleParrot's: {error!r:.100}") from None
-
-
-def plain(value):
-    if value is None:
-        return "n/a"
-    return printable(f"{value:.5g}" if isinstance(value, float) else str(value))
-
-
-def html(value):
-    """Any value without HTML's markup: nothing reaches the page but through here."""
-    return escape(plain(value))
-
-
-def markdown(value):
-    return plain(value).translate(MARKUP)
-
-
-def points(lines, key):
-    """[(step, value)] of the lines that have a finite one."""
-    return [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
-
-
-def chart(metrics, *keys):
-    """A curve for each key, as the inside of an SVG; the axes name their two ends."""
-    curves = [points(metrics, key) for key in keys]
-    if not any(curves):
-        return ""
-    steps, values = zip(*(point for curve in curves for point in curve), strict=True)
-    left, right, low, high = min(steps), max(steps), min(values), max(values)
-    parts = ['<path d="M60 20V195H490"/>']
-    for curve in curves:
-        pixels = [f"{60 + 430 * (step - left) / (right - left or 1):.1f},"
-                  f"{195 - 175 * (value - low) / (high - low or 1):.1f}" for step, value in curve]
-        parts.append(f'<polyline points="{" ".join(pixels)}"/>')
-    for x, y, label in ((60, 212, left), (490, 212, right), (30, 195, low), (30, 20, high)):
-        parts.append(f'<text x="{x}" y="{y}">{label:.4g}</text>')
-    return "".join(parts)

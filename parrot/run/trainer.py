@@ -1,19 +1,16 @@
 """All of a training run that is not the loop of train.py: its start, its pauses, its end."""
 
 import math
-import shlex
-import sys
 import time
 
 import torch
 from tqdm import tqdm
 
 from parrot import assistant, attention, data, fast, sampling, training
-from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
 from parrot.fast.compiling import speed_up
 from parrot.files import hub, model_folder
-from parrot.run.folder import Progress, RunFolder, describe, tensors_of
+from parrot.run.folder import RunFolder, describe, tensors_of
 from parrot.system.console import Interrupted, StopSignal, UserError, say
 from parrot.system.device import peak_memory, pick, tokens_per_forward
 from parrot.system.distributed import Processes
@@ -28,16 +25,15 @@ class Trainer:
     batch_type, names = data.Batch, ("val_loss",)
     terms_of = staticmethod(training.token_losses)  # their means have these names
 
-    def __init__(self, config: TrainConfig, loss_sum):
-        self.config, self.loss_sum, self.processes = config, loss_sum, Processes()
+    def __init__(self, config: TrainConfig):
+        self.config, self.processes = config, Processes()
         self.folder = RunFolder(config, self.processes.rank == 0)
         self.folder.begin(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
         if self.processes.rank > 0:
             self.processes.sum(0)  # waits: the first process downloads and tokenises for all
-        val_data = config.val_data and hub.find_data(config.val_data, of=config.data)
-        self.sources = {"data": self.find_data(), "weights": hub.find_weights(config.weights),
-                        "val_data": val_data or hub.Found([], {"name": ""})}
+        self.sources = {"val_data": hub.find_data(config.val_data or [], of=config.data),
+                        "data": self.find_data(), "weights": hub.find_weights(config.weights)}
         folder = self.sources["weights"].path
         self.model, self.tokenizer = assistant.load_parts(folder, torch.float32, device)
         self.assistant = assistant.Assistant("", self.model, self.tokenizer, "chat")
@@ -55,7 +51,7 @@ class Trainer:
         ribbon = attention.Ribbon([256] * (min(max(self.max_tokens, 256), 16384) // 256), device)
         self.compiled = fast.enabled and speed_up(
             self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
-        self.optimizer, self.progress = training.make_optimizer(self.model, config), Progress()
+        self.optimizer = training.make_optimizer(self.model, config)
         say(f"{len(self.train_set)} examples to train on, {len(self.val_set)} held out, "
             f"{self.total_steps} steps on {device}{', compiled' * self.compiled}", *self.notes)
 
@@ -75,12 +71,10 @@ class Trainer:
         examples, lengths, batch = self.train_set, self.train_set.lengths, self.batches(0)[0]
         num_targets = sum(int(is_target.sum()) for _, is_target in examples)
         say(f"an example has {lengths.mean():.0f} tokens (mean), at most {examples.longest}; "
-            f"{num_targets / lengths.sum():.0%} of the tokens are targets",
-            f"the first example, {examples.source(0)}:")
-        print(coloured(*examples[0], self.tokenizer, colour=sys.stdout.isatty()))
+            f"{num_targets / lengths.sum():.0%} of the tokens are targets")
         for _ in range(2):  # the first time is slower
             started = time.perf_counter()
-            loss = self.loss_sum(self.model, batch, self.dtype)
+            loss = self.terms_of(self.model, batch, self.dtype).sum()
             loss.backward()
             loss.item()  # waits for a GPU
             seconds = time.perf_counter() - started
@@ -94,36 +88,31 @@ class Trainer:
     def steps(self):
         """Open the folder, yield the number of each step to do, from 0, and evaluate in between."""
         about = describe(self)
-        for kind in self.sources:
-            self.processes.check_same(kind, about[kind]["files"])
-        self.processes.check_same("settings", {**about["config"], "out": "", "device": ""})
+        files = [about[kind]["files"] for kind in self.sources]
+        settings = {**about["config"], "out": "", "device": ""}
+        self.processes.check_same("settings and files", [settings, files])
         self.folder.open(about, self.config.resume)
-        if self.config.resume:  # the first process reads; the others may not share its disk
-            progress = self.folder.restore(self.model, self.optimizer)
-            tensors = tensors_of(self.model, self.optimizer).values()
-            self.progress = self.processes.copy_first(progress, tensors)
-        progress = self.progress
-        if progress.step == 0:
+        progress = self.folder.restore(self.model, self.optimizer)  # in the first process
+        tensors = tensors_of(self.model, self.optimizer).values()
+        self.progress = self.processes.copy_first(progress, tensors)
+        first, last = self.progress.step, self.total_steps
+        if first == 0 and self.folder.writes:
             self._ask("before")
-        self.bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", desc="training",
+        self.bar = tqdm(range(first, last), "training", last, initial=first, unit="step",
                         disable=self.processes.rank > 0)
-        with StopSignal() as self.stop, self.bar:
-            while progress.step < self.total_steps:
-                if progress.step % self.config.eval_every == 0:
+        with StopSignal() as self.stop:
+            for step in self.bar:
+                if step % self.config.eval_every == 0:
                     self._evaluate()
                 self.started = time.perf_counter()
-                yield progress.step
+                yield step
             self._evaluate()
 
-    def _ask(self, when):
-        """Show the replies to the questions, in the terminal and in the report."""
-        if self.processes.rank > 0:
-            return
+    def _ask(self, when):  # shows the replies to questions, in the terminal and in the report
         asked = self.assistant
         if when == "after" and self.folder.keeps:  # what is kept is the best
             self.optimizer.state.clear()  # memory for a second model
-            device = asked.model.device
-            asked = assistant.Assistant.load("", self.folder.path, torch.float32, device)
+            asked = assistant.Assistant.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
         prompts = [asked.prompt([{"role": "user", "content": text}]) for text in questions]
         written = sampling.generate(
@@ -152,7 +141,7 @@ class Trainer:
         names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, step + 1, f"the loss is {loss} and the gradient norm "
                                                        f"{grad_norm}. Its examples: {names}")
-        if status or step % self.config.save_every == 0:
+        if step and self.folder.keeps and (status or step % self.config.save_every == 0):
             self.folder.save(self.model, self.optimizer, self.progress)
         if status:
             how = "--resume goes on from here" if self.folder.keeps else "nothing was kept"
@@ -160,24 +149,22 @@ class Trainer:
 
     def _check_finite(self, value, step, words):
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {words}. {self.folder.what_is_safe()} If it happens "
+            raise UserError(f"step {step}: {words}. {self.folder.what_next()} If it happens "
                             "again, start anew with a lower --learning-rate and another --out.")
 
     def log_step(self, batches, **values):  # in metrics.jsonl and the progress bar
-        progress, seconds = self.progress, time.perf_counter() - self.started
-        tokens = sum(len(batch.tokens) for batch in batches)
-        speed = round(tokens / seconds, 1)
+        progress, tokens = self.progress, sum(len(batch.tokens) for batch in batches)
+        speed = round(tokens / (time.perf_counter() - self.started), 1)
         progress.step += 1
         progress.tokens += tokens
-        progress.seconds += seconds
-        self._log(**values, tokens=progress.tokens, tokens_per_second=speed)
+        self._log(self.started, **values, tokens=progress.tokens, tokens_per_second=speed)
         self.bar.set_postfix_str(f"loss {values['train_loss']:.3f}, {speed} tokens/s", False)
-        self.bar.update()
 
-    def _log(self, **values):
-        step, seconds = self.progress.step, round(self.progress.seconds, 2)
-        epoch = round(step / self.steps_per_epoch, 4)
-        self.folder.log(step=step, epoch=epoch, **values, seconds=seconds)
+    def _log(self, started, **values):
+        progress = self.progress
+        progress.seconds += time.perf_counter() - started
+        self.folder.log(step=progress.step, epoch=round(progress.step / self.steps_per_epoch, 4),
+                        **values, seconds=round(progress.seconds, 2))
 
     def _evaluate(self):
         """Log the held-out loss; keep the model if it is the best yet. A signal cuts it short."""
@@ -188,7 +175,6 @@ class Trainer:
             self.batch_type, self.terms_of, self.names)
         if not values:
             return
-        progress.seconds += time.perf_counter() - started
         loss = values["val_loss"]
         self._check_finite(loss, progress.step, f"the held-out loss is {loss}")
         if progress.step == 0:
@@ -196,7 +182,7 @@ class Trainer:
         elif progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss = loss
             self.folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        self._log(**values)
+        self._log(started, **values)
         self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.bar.clear()
@@ -207,12 +193,13 @@ class Trainer:
         folder, progress, peak = self.folder, self.progress, peak_memory(self.model.device)
         if not len(self.val_set):  # the last is the best that we know
             folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        self._ask("after")
+        if folder.writes:
+            self._ask("after")
         folder.finish(peak_memory=peak)
         say(f"{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s, "
             f"{peak / 1e9:.1f} GB at most")
         if len(self.val_set):
             say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
         if folder.keeps:
-            say(f"Ask it: python sample.py --model {shlex.quote(str(folder.path))}")
+            say(f'Ask it: python sample.py --model "{folder.path}"')
         self.processes.close()

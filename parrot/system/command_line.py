@@ -9,10 +9,8 @@ BOUNDS = {"above": gt, "at_least": ge, "at_most": le, "below": lt}
 
 
 def option(default, help, *, choices=None, may_change=False, **bounds):
-    """A dataclass field that is a command-line option, too. bounds: the keys of BOUNDS.
-
-    may_change: it changes no result beyond rounding, so a resumed run may set it differently.
-    """
+    """A dataclass field that is a command-line option, too. bounds: {key of BOUNDS: a number}."""
+    # may_change: it changes no result beyond rounding, so a resumed run may set it differently.
     return field(default=default, metadata={"help": help, "choices": choices,
                                             "may_change": may_change, "bounds": bounds})
 

@@ -69,11 +69,8 @@ def run_program(main):
         sys.exit(141)
     except (Interrupted, KeyboardInterrupt) as error:
         line, status = error.args or ("interrupted", 130)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: of a disk, a folder or a pipe
         line, status = f"error: {error}", 1
-    except OSError as error:  # of a disk, a folder or a pipe
-        place = error.filename or "input or output"
-        line, status = f"error: {place}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, f"{type(error)} {error}"):
             raise  # a bug

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from parrot.system.console import UserError
+from parrot.system.console import UserError, refuse
 
 
 def read_json(path):
@@ -16,8 +16,7 @@ def read_json(path):
         content = json.loads(open_to_read(path).read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+    refuse(path, {"does not hold a JSON object": not isinstance(content, dict)})
     return content
 
 
@@ -32,8 +31,7 @@ def sha256_of(path):
 
 def open_to_read(path):
     """A file, opened for bytes. UserError."""
-    if Path(path).is_fifo():  # reading would wait for a writer
-        raise UserError(f"{path} is a pipe, not a file")
+    refuse(path, {"is a pipe, not a file": Path(path).is_fifo()})  # would wait for a writer
     try:
         return open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -50,10 +48,7 @@ def replace_text(path, text):
 
 
 def replace_file(path, write):
-    """Let `write(temporary path)` make a file, flush it to the disk, rename it to `path`.
-
-    Even after a power cut, `path` is the old file or the new one. Nobody can guess the other path.
-    """
+    """Let `write(a path nobody can guess)` make a file, flush it, rename it to `path`."""
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -68,8 +63,7 @@ def replace_file(path, write):
 
 def flush(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and Path(path).is_dir():
-        return  # Windows cannot open folders, and needs no flush of them
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if os.name != "nt" or Path(path).is_file():  # Windows cannot open folders, and need not
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

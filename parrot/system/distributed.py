@@ -1,7 +1,6 @@
 """Several processes, one result: `torchrun --nproc_per_node=2 train.py ...`
 
-Each process computes a share of every step's ribbons. Losses are sums, divided once by one count:
-the sum of all processes' gradients is the gradient of a single process.
+Each computes a share of a step's ribbons. Losses are sums, so the gradients add up to that of one.
 """
 
 import os
@@ -9,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from parrot.system.console import UserError
 
@@ -41,8 +41,7 @@ class Processes:
     def sum(self, *numbers):
         return self._together(dist.all_reduce, torch.tensor(numbers, dtype=torch.float64)).tolist()
 
-    def largest(self, number):
-        """The largest of all processes' whole numbers; None counts as 0."""
+    def largest(self, number):  # of whole numbers; None counts as 0
         return int(self._together(dist.all_reduce, torch.tensor(number or 0), dist.ReduceOp.MAX))
 
     def sum_step(self, model, *numbers):
@@ -52,7 +51,9 @@ class Processes:
         for parameter in model.parameters():
             if parameter.grad is None:  # this process had no ribbon
                 parameter.grad = torch.zeros_like(parameter)
-            self._together(dist.all_reduce, parameter.grad)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        message = parameters_to_vector(gradients)  # all in one: each message takes a while
+        vector_to_parameters(self._together(dist.all_reduce, message), gradients)
         return self.sum(*numbers)
 
     def copy_first(self, value, tensors=()):
@@ -68,15 +69,12 @@ class Processes:
             raise UserError(f"the processes do not have the same {what}")
 
     def close(self):
-        if self.size > 1:
-            dist.destroy_process_group()
+        self._together(dist.destroy_process_group, None)  # None: all of them
 
-    def _together(self, function, message, *args, **kwargs):
-        """A function of torch.distributed on a message, in place; -> the message."""
+    def _together(self, function, message, *args, **kwargs):  # changes and returns the message
         try:
             if self.size > 1:
                 function(message, *args, **kwargs)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"another process of this run has ended ({reason})") from None
+            raise UserError(f"another process of this run has ended ({error!s:.100})") from None
         return message

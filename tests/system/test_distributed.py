@@ -67,7 +67,12 @@ model = torch.nn.Linear(3, 2)
 model.weight.grad = torch.full((2, 3), 2.0 + processes.rank)
 if processes.rank == 0:  # the other had no ribbon that used it
     model.bias.grad = torch.tensor([1.0, 2.0])
+import torch.distributed as dist
+all_reduce, messages = dist.all_reduce, []
+dist.all_reduce = lambda message, *args: messages.append(len(message)) or all_reduce(message, *args)
 numbers = processes.sum_step(model, 10 + processes.rank, 0.5)
+assert messages == [8, 2], messages  # all gradients in one
+dist.all_reduce = all_reduce
 print(numbers, model.weight.grad.tolist(), model.bias.grad.tolist())
 processes.check_same("data", {"a": "b"})
 print(processes.sum(2**24 + 1, 1), processes.largest(processes.rank * 130 or None))
