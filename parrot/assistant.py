@@ -30,10 +30,7 @@ def save(folder, model: Llama, tokenizer: Tokenizer, dtype):
 
 
 class Assistant:
-    """A model to talk to: in turns if it `chats`, else it only continues a text.
-
-    format: chat, plain, or auto, which is chat if the tokenizer's folder has a template.
-    """
+    """A model to talk to: in turns if it `chats`, otherwise it only continues a text."""
 
     def __init__(self, name, model: Llama, tokenizer: Tokenizer, format="auto"):
         self.name, self.model, self.tokenizer = name, model, tokenizer

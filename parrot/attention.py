@@ -1,9 +1,8 @@
 """Attention: which tokens each token looks at, and how much of each it takes.
 
 A *layout* says how the N tokens of a forward belong together: a *ribbon* of documents, end to end
-(training, prompts), or the next tokens of several replies, with a *key/value cache*. It has
-positions (N,), from 0 in each document, and attend(layer, q, k, v): q (N, H, D), k and v
-(N, K, D) -> (N, H, D).
+(training, prompts), or the next tokens of several replies, with a *key/value cache*. It has their
+positions (N,), from 0 in each document, and attend(layer, q, k, v), as in `Ribbon.attend`.
 
 Shapes: N tokens, H query heads, K key/value heads (H is a multiple of K), D head size,
 B sequences, T cached positions.
@@ -23,14 +22,13 @@ def attention(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v: a mean of the values, weighted by how well query and key agree.
 
     q (..., H, n, D), k and v (..., K, m, D), visible (..., n, m) bool -> (..., H, n, D). Undivided,
-    a sum of D products would grow with sqrt(D), and softmax would pick one value and leave the rest
-    (arXiv:1706.03762). A query that agrees with the first key, and then may not see it:
+    sums of D products would grow with sqrt(D), and softmax pick one value (arXiv:1706.03762).
 
     >>> q, k = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> v = torch.tensor([[[10.0, 0.0], [0.0, 10.0]]])
     >>> attention(q, k, v, torch.tensor([[True, True]]))  # e^(2 / sqrt(2)) : e^0 = 4.11 : 1
     tensor([[[8.0443, 1.9557]]])
-    >>> attention(q, k, v, torch.tensor([[False, True]]))
+    >>> attention(q, k, v, torch.tensor([[False, True]]))  # the first key may not be seen
     tensor([[[ 0., 10.]]])
     """
     group = q.shape[-3] // k.shape[-3]  # query heads per key/value head
@@ -64,8 +62,8 @@ class Ribbon:
         self.fast = FastAttention(lengths, device) if fast.enabled else None  # fast/ribbon.py
 
     def attend(self, layer, q, k, v):
-        """Causal attention inside each document; never across a seam. Prompts fill the `cache`."""
-        if self.cache:
+        """q (N, H, D), k and v (N, K, D) -> (N, H, D): causal inside each document."""
+        if self.cache:  # a prompt fills it
             self.cache.keys[layer][self.index] = k.to(self.cache.keys.dtype)
             self.cache.values[layer][self.index] = v.to(self.cache.keys.dtype)
         if self.fast:
@@ -79,8 +77,7 @@ class Ribbon:
 class KVCache:
     """The keys and values that B sequences have so far: a new token costs the work of one token.
 
-    `model(prompts, cache.prefill(lengths))` reads prompts, then `model(tokens, cache.step())` one
-    token for each.
+    `model(tokens, cache.prefill(lengths))` reads prompts, `model(tokens, cache.step())` one token.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=torch.float32, device="cpu"):

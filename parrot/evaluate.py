@@ -129,6 +129,7 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
                                   system=assistant.system)
     examples = examples.where(is_held_out(examples.hashes, config.val_fraction))
     say(*remarks)
+    warn_if_trained_on(data, assistant.tokenizer.folder, config)
     refuse("--val-fraction", {f"holds out no example of up to {limit} tokens": not len(examples)})
     name = Path(data.origin["name"]).name
     return {"model": assistant.name, "data": name, "held-out examples": len(examples),
@@ -155,8 +156,6 @@ def main():  # a table, or JSON, on stdout
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
     folders = {name: hub.find_weights(name).path for name in config.models}
-    for folder in folders.values():
-        warn_if_trained_on(data, folder, config)
     device, dtype = pick(config.device, config.dtype)
     results = [evaluate(Assistant.load(name, folder, dtype, device, "chat"), data, config)
                for name, folder in folders.items()]

@@ -20,9 +20,9 @@ COMMANDS = {"train", "sample", "parrot.evaluate", "parrot.dpo"}
 SOURCES = [ROOT / "train.py", ROOT / "sample.py", *sorted(PARROT.rglob("*.py"))]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
            for path in SOURCES}
-# Lines that are not blank. These are to come down, to 3,000 in all, and never to go up: before you
+# Lines that are not blank, 3,000 in all. These may come down, and never go up: before you
 # add, find what goes.
-BUDGETS = {"lesson": 1159, "fast": 288, "files": 774, "run": 457, "system": 333, "evaluate": 148}
+BUDGETS = {"lesson": 1120, "fast": 281, "files": 721, "run": 418, "system": 318, "evaluate": 142}
 
 
 def folder_of(module):

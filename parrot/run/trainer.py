@@ -1,12 +1,15 @@
 """All of a training run that is not the loop of train.py: its start, its pauses, its end."""
 
 import math
+import shlex
+import sys
 import time
 
 import torch
 from tqdm import tqdm
 
 from parrot import assistant, attention, data, fast, sampling, training
+from parrot.chat import coloured
 from parrot.config import REPETITION_PENALTY, TrainConfig
 from parrot.fast.compiling import speed_up
 from parrot.files import hub, model_folder
@@ -71,12 +74,13 @@ class Trainer:
         examples, lengths, batch = self.train_set, self.train_set.lengths, self.batches(0)[0]
         num_targets = sum(int(is_target.sum()) for _, is_target in examples)
         say(f"an example has {lengths.mean():.0f} tokens (mean), at most {examples.longest}; "
-            f"{num_targets / lengths.sum():.0%} of the tokens are targets")
+            f"{num_targets / lengths.sum():.0%} of the tokens are targets",
+            f"the first example, {examples.source(0)}:")
+        print(coloured(*examples[0], self.tokenizer, colour=sys.stdout.isatty()))
         for _ in range(2):  # the first time is slower
             started = time.perf_counter()
-            loss = self.terms_of(self.model, batch, self.dtype).sum()
-            loss.backward()
-            loss.item()  # waits for a GPU
+            self.terms_of(self.model, batch, self.dtype).sum().backward()
+            self.model.model.norm.weight.grad.sum().item()  # waits for a GPU
             seconds = time.perf_counter() - started
         hours = self.num_tokens * seconds / len(batch.tokens) / self.processes.size / 3600
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -201,5 +205,5 @@ class Trainer:
         if len(self.val_set):
             say(f"held-out loss {progress.first_loss:.3f} -> {progress.best_loss:.3f}")
         if folder.keeps:
-            say(f'Ask it: python sample.py --model "{folder.path}"')
+            say(f"Ask it: python sample.py --model {shlex.quote(str(folder.path))}")
         self.processes.close()
