@@ -51,7 +51,7 @@ def newest_run():
 
 
 def load(name, config: SampleConfig) -> Assistant:
-    """The model that --model or --compare names. UserError."""
+    """The model that --model or --compare names. Raises UserError."""
     device, dtype = pick(config.device, config.dtype)
     many = config.num_samples > 1
     if config.dtype == "bfloat16" and fast.enabled and not many and keeps_bfloat16(device):

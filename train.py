@@ -20,7 +20,7 @@ from parrot.training import learning_rate, loss_sum
 
 
 def train(config: TrainConfig, trainer_class=Trainer, loss_sum=loss_sum):
-    """Train as `config` says; parrot.dpo passes its own class and loss. UserError, Interrupted."""
+    """Train by `config` (parrot.dpo: by its own class and loss). Raises UserError, Interrupted."""
     fast.enabled = not config.plain
     run = trainer_class(config)  # loads the model and the data
     if config.dry_run:

@@ -14,7 +14,7 @@ from parrot.system.console import UserError
 
 
 def load_parts(folder, dtype=torch.float32, device="cpu"):
-    """A model folder -> (Llama, Tokenizer), checked to fit each other. UserError."""
+    """A model folder -> (Llama, Tokenizer), checked to fit each other. Raises UserError."""
     tokenizer, model = Tokenizer(folder), Llama.load(folder, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's "

@@ -108,7 +108,7 @@ def is_held_out(hashes, fraction):
 
 def load_examples(data: hub.Found, tokenizer: Tokenizer, max_length, val_fraction, *,
                   skip_bad=False, max_examples=None, val_data=None, pairs=False):
-    """Data files -> (train Examples, held-out Examples, remarks for the user). UserError.
+    """Data files -> (train Examples, held-out Examples, remarks for the user). Raises UserError.
 
     Held out are all of `val_data` or, without it, the share that `is_held_out` picks.
     """

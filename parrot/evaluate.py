@@ -32,7 +32,7 @@ FACTS = Path(__file__).with_name("questions.jsonl")
 
 
 def share_repeated(replies, n=4):
-    """Of all n-grams of the replies' tokens, the share that stood before in the same reply."""
+    """The share of n-grams of tokens that occurred earlier in the same reply."""
     grams = [(number, *tokens[i:i + n]) for number, tokens in enumerate(replies)
              for i in range(len(tokens) - n + 1)]
     return (len(grams) - len(set(grams))) / max(len(grams), 1)
@@ -57,7 +57,7 @@ def is_right(reply, accepted):
 
 
 def mean_and_error(losses, counts):
-    """Mean loss per token and its standard error, of a ratio of sums (None for one example)."""
+    """Sum of losses / sum of counts, and its standard error (None for one example)."""
     mean, n = losses.sum() / counts.sum(), len(losses)
     spread = ((losses - mean * counts) ** 2).sum() * n / max(n - 1, 1)
     return float(mean), float(spread ** 0.5 / counts.sum()) if n > 1 else None
@@ -123,7 +123,7 @@ def facts_right(assistant: Assistant, config: EvaluateConfig):  # such as "80 of
 
 
 def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
-    """{measure: value} of a model on what is held out of the data. UserError if that is nothing."""
+    """{measure: value} of a model on the held-out data. Raises UserError if there is none."""
     limit = min(config.max_length, assistant.model.config.max_position_embeddings)
     examples, remarks = tokenised(data, assistant.tokenizer, limit, config.skip_bad_records,
                                   system=assistant.system)

@@ -24,7 +24,7 @@ def format_of(path):
 
 
 def read_rows(path, start=0, columns=()):
-    """Yield (number, row), numbers from 1 on, after the first `start` rows. UserError."""
+    """Yield (number, row), numbers from 1 on, after the first `start` rows. Raises UserError."""
     try:
         kind, rows = format_of(path), _lines(path)
         if kind == ".parquet":
@@ -48,7 +48,7 @@ def read_rows(path, start=0, columns=()):
 
 
 def to_dict(pairs):
-    """[(key, value)] -> dict. UserError for a key that stands there twice."""
+    """[(key, value)] -> dict. Raises UserError for a key that stands there twice."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise UserError(f"the key {max(names, key=names.count)!r:.60} stands there twice")

@@ -60,7 +60,7 @@ def describe(run):
 
 
 def check_same(path, about, config: Recipe):
-    """UserError naming the first thing that a resumed run must not change but does."""
+    """Raise UserError, naming the first thing that a resumed run must not change but does."""
     names = [field.name for field in fields(config) if not field.metadata["may_change"]]
 
     def fixed(about):  # of files the hashes, of types the one that was computed in

@@ -140,7 +140,7 @@ class Trainer:
         return [self.batch_type.of(examples, split, self.model.device) for split in splits]
 
     def check_and_save(self, loss, grad_norm):
-        """Save now and then, if all is finite; else UserError. Interrupted, after a signal."""
+        """Save now and then. Raises UserError if not all is finite, Interrupted after a signal."""
         step, status = self.progress.step, self.processes.largest(self.stop.status)
         names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, step + 1, f"the loss is {loss} and the gradient norm "

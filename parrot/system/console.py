@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def refuse(subject, faults):
-    """UserError with the first fault of {fault: whether it is so} that is so."""
+    """Raise UserError with the first fault of {fault: whether it is so} that is so."""
     for fault, is_so in faults.items():
         if is_so:
             raise UserError(f"{subject} {fault}")

@@ -11,7 +11,7 @@ from parrot.system.console import UserError, refuse
 
 
 def read_json(path):
-    """A file that holds a JSON object. UserError."""
+    """A file that holds a JSON object. Raises UserError."""
     try:
         content = json.loads(open_to_read(path).read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -21,7 +21,7 @@ def read_json(path):
 
 
 def sha256_of(path):
-    """The digest of a file, in hex. UserError."""
+    """The digest of a file, in hex. Raises UserError."""
     digest = hashlib.sha256()
     with open_to_read(path) as file:
         while block := file.read(1 << 20):
@@ -30,7 +30,7 @@ def sha256_of(path):
 
 
 def open_to_read(path):
-    """A file, opened for bytes. UserError."""
+    """A file, opened for bytes. Raises UserError."""
     refuse(path, {"is a pipe, not a file": Path(path).is_fifo()})  # would wait for a writer
     try:
         return open(path, "rb")

@@ -25,7 +25,7 @@ def torchrun_place():
 
 
 class Processes:
-    """This process among all: `rank` of `size`. UserError where another one has ended."""
+    """This process among all: `rank` of `size`. Raises UserError where another has ended."""
 
     def __init__(self):
         self.rank, self.size, local_rank = torchrun_place()
@@ -64,7 +64,7 @@ class Processes:
         return value
 
     def check_same(self, what, value):
-        """UserError in every process if `value` is not the same in all of them."""
+        """Raise UserError in every process if `value` is not the same in all of them."""
         if self.largest(int(value != self.copy_first(value))):
             raise UserError(f"the processes do not have the same {what}")
 
