@@ -53,11 +53,11 @@ def newest_run():
 def load(name, config: SampleConfig) -> Assistant:
     """The model that --model or --compare names. Raises UserError."""
     device, dtype = pick(config.device, config.dtype)
-    many = config.num_samples > 1
-    if config.dtype == "bfloat16" and fast.enabled and not many and keeps_bfloat16(device):
+    batched = config.num_samples > 1
+    if config.dtype == "bfloat16" and fast.enabled and not batched and keeps_bfloat16(device):
         dtype = torch.bfloat16  # in memory, whatever the products are in: fast/packed.py
     folder = hub.find_weights(name).path
-    assistant = Assistant.load(name, folder, dtype, device, config.format, many)
+    assistant = Assistant.load(name, folder, dtype, device, config.format, batched)
     if config.system is not None:
         refuse(name, {"has no chat template, so no --system: see --format": not assistant.chats})
         assistant.system = config.system

@@ -42,11 +42,11 @@ class Assistant:
             self.system = default_system(template, tokenizer.folder)
 
     @classmethod
-    def load(cls, name, folder, dtype, device, format="auto", many=True):
-        """A model folder -> Assistant; many: it writes several replies at once."""
+    def load(cls, name, folder, dtype, device, format="auto", batched=True):
+        """A model folder -> Assistant; batched: to write several replies at once."""
         model, tokenizer = load_parts(folder, dtype, device)
         if fast.enabled:  # fast/packed.py
-            model = pack(model, many)
+            model = pack(model, batched)
         return cls(name, model, tokenizer, format)
 
     def prompt(self, messages):

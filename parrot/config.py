@@ -80,7 +80,7 @@ class TrainConfig(Recipe):
 @dataclass
 class Writing(Machine):
     temperature: float = option(0.7, "0: greedy; above 1: more varied", at_least=0)
-    top_p: float = option(0.9, "keep the likeliest tokens that sum to it", above=0, at_most=1)
+    top_p: float = option(0.9, "keep the likeliest tokens that hold this much", above=0, at_most=1)
     repetition_penalty: float = option(REPETITION_PENALTY, "above 1: less repetition", at_least=1)
     max_new_tokens: int = option(256, "longest reply in tokens", at_least=1)
 

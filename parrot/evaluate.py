@@ -40,14 +40,14 @@ def share_repeated(replies, n=4):
 
 def rouge_l(reply, reference):
     """The F-measure of the longest common subsequence of words (Lin 2004)."""
-    words, others = (re.findall(r"\w+", text.lower()) for text in (reply, reference))
-    before = [0] * (len(others) + 1)  # entry j: the longest with the first j others
+    words, expected = (re.findall(r"\w+", text.lower()) for text in (reply, reference))
+    before = [0] * (len(expected) + 1)  # entry j: the longest with the first j
     for word in words:
         longest = [0]
-        for j, other in enumerate(others):
+        for j, other in enumerate(expected):
             longest.append(before[j] + 1 if word == other else max(before[j + 1], longest[j]))
         before = longest
-    return 2 * before[-1] / max(len(words) + len(others), 1)
+    return 2 * before[-1] / max(len(words) + len(expected), 1)
 
 
 def is_right(reply, accepted):
@@ -89,7 +89,7 @@ def reply_table(assistant: Assistant, examples: Examples, config: EvaluateConfig
     chosen = random.Random(0).sample(range(len(examples)), min(config.max_prompts, len(examples)))
     room = assistant.model.config.max_position_embeddings - config.max_new_tokens
     pairs = []  # the tokens of a prompt, and of the first reply in the data without its end
-    for tokens, is_target in map(examples.__getitem__, chosen):
+    for tokens, is_target in (examples[i] for i in chosen):
         start = is_target.argmax()
         end = start + is_target[start:].argmin()
         if start <= room:
@@ -164,7 +164,7 @@ def main():  # a table, or JSON, on stdout
 
 def warn_if_trained_on(data: hub.Found, folder, config: EvaluateConfig):
     """Say so if the run in this folder was trained on what is held out now."""
-    with report.contents_of(folder / "run.json"):
+    with report.blaming(folder / "run.json"):
         if about := report.read_if_there(folder / "run.json"):
             fraction = 0 if about["config"].get("val_data") else about["config"]["val_fraction"]
             shared = set(about["data"]["files"].values()) & set(data.hashes.values())

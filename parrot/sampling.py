@@ -59,7 +59,7 @@ def choose(logits, temperature, top_p, numbers):
         return logits.float().argmax(-1)
     probabilities, tokens = nucleus(logits, temperature, top_p)
     sums = probabilities.cumsum(-1)
-    index = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)  # (B, 1)
+    index = torch.searchsorted(sums, numbers[:, None], right=True)  # (B, 1)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not go beyond
     return tokens.gather(-1, index.minimum(last)).squeeze(-1)
 

@@ -71,7 +71,7 @@ def whole(tmp_path_factory, tiny_folder, tiny_tokenizer):
     run = RunFolder(TrainConfig(out=str(folder / "other")))
     run.checkpoint.parent.mkdir(parents=True)
     run.metrics.touch()
-    run.save(*trained(1), Progress(step=1))
+    run.save_checkpoint(*trained(1), Progress(step=1))
     shutil.copy(run.checkpoint, folder)
     return folder
 
@@ -112,8 +112,8 @@ def load(name, folder, tokenizer):
     elif name in RUN:
         report.write(folder)
     else:
-        with report.contents_of(folder / name):
-            run_folder.load(folder / name, run_folder.tensors_of(*trained(0)))
+        with report.blaming(folder / name):
+            run_folder.load_checkpoint(folder / name, run_folder.tensors_of(*trained(0)))
 
 
 def try_once(name, seed, whole, folder, tokenizer):

@@ -138,7 +138,7 @@ def test_the_plain_form_and_the_held_out_loss(both_ways):
 def test_a_prompt_and_a_step_of_writing(dtype, is_packed, both_ways):
     with gpu(), torch.no_grad():
         model = model_on_gpu(dtype)
-        model = pack(model, many=True) if is_packed else model
+        model = pack(model, batched=True) if is_packed else model
         assert isinstance(model, PackedLlama if is_packed else Llama)
         cache = KVCache(model.config, 2, 30, dtype, CUDA)
         hidden_states = model(torch.zeros(7, dtype=torch.long, device=CUDA), cache.prefill([3, 4]))

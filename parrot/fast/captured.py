@@ -50,9 +50,9 @@ class CapturedForward:
         if not torch.is_grad_enabled():
             return self.forward(tokens, ribbon)
         N, documents = len(tokens), len(ribbon.lengths)
-        # The padding is one more document, and empty ones make their number a multiple of 64.
+        # Empty documents make their number a multiple of 64; one more holds the padding.
         lengths = [*ribbon.lengths, -N % UNIT, *[0] * (-documents % 64)]
-        padded = type(ribbon)(lengths, tokens.device)
+        padded = type(ribbon)(lengths, tokens.device)  # Ribbon; its module imports this one
         size = len(padded.positions), len(lengths)
         if self.parameters[0].grad is None:  # the first ribbon of a step
             torch._foreach_zero_(self.gradients)
@@ -91,7 +91,7 @@ class Graphs:
 
 
 class Replay(torch.autograd.Function):
-    """Hidden states from the graphs; backward adds to `.grad` itself, so it returns nothing."""
+    """Hidden states from the graphs; backward adds to `.grad`. For `parameter`, it is called."""
 
     @staticmethod
     def forward(ctx, parameter, graphs: Graphs):

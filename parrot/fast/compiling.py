@@ -1,7 +1,7 @@
 """model.Block.forward, faster: compiled (torch.compile), the same but for rounding.
 
-Small passes over memory (norm, rotation, SiLU, sums) are fused: 0 to 5% faster on two cores after
-half a minute, 1.7 times on an H200 after 14 s. Held equal by tests/fast/test_compiling.py.
+Compiling fuses norm, rotation, SiLU and sums: half a minute for 0 to 5% on two cores, 14 s for
+1.7 times on an H200. Held equal by tests/fast/test_compiling.py.
 """
 
 import torch
@@ -26,7 +26,7 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
     """Let training run compiled blocks; returns whether it will.
 
     choice: on (UserError if it does not work), off, or auto: if it works and the run is long.
-    ribbon: of one size in all runs: it shapes the code, and a resumed run needs the same.
+    ribbon: a trial; its size shapes the code, so a resumed run needs the same size.
     """
     if choice == "off" or (choice == "auto" and num_tokens < EARNED_BACK[model.device.type]):
         return False
@@ -51,6 +51,6 @@ def compile_blocks(model, choice, dtype, ribbon, num_tokens):
 
 
 def _compiled_in_training(forward):
-    """Evaluation and sampling stay plain: they would trigger extra compilations."""
+    """Compiled in training only: evaluation and sampling would trigger more compilations."""
     compiled = torch.compile(forward, dynamic=True)  # dynamic: for ribbons of any length
     return lambda *args: (compiled if torch.is_grad_enabled() else forward)(*args)

@@ -8,14 +8,14 @@ import torch
 FEW = 1024
 
 
-def likeliest(probabilities, mass):
-    """(B, V) -> the largest of each row, sorted, and their ids (B, W): FEW, if they hold `mass`."""
+def likeliest(probabilities, top_p):
+    """(B, V) -> each row's largest, sorted, and ids (B, W): FEW if these hold `top_p`, else V."""
     V = probabilities.shape[-1]
     if probabilities.device.type == "cpu":
         # Positive floats sort as their bits do; ids below them break ties as a stable sort does.
         keys = (probabilities.view(torch.int32).long() << 32) + torch.arange(V - 1, -1, -1)
         tokens = keys.topk(min(V, FEW)).indices
         few = probabilities.gather(-1, tokens)
-        if (few.sum(-1) >= mass).all():
+        if (few.sum(-1) >= top_p).all():
             return few, tokens
     return probabilities.sort(dim=-1, descending=True, stable=True)

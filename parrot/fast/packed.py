@@ -1,9 +1,9 @@
 """model.Llama, faster: the network arranged for writing.
 
-Memory and the number of small operations count: matrices that read the same row are one, with the
-norm's scale in them, and rotation multiplies complex numbers. On a CPU, for one reply weights stay
-in bfloat16 even where products with more rows need float32; for many, oneDNN orders them. A token
-takes 9.5 ms, not 12.2 (in an H200's graph 2.2, not 4.7). Held equal by tests/fast/test_packed.py.
+Small operations and reads of memory cost most: matrices with one input are joined, the norm's scale
+multiplied in; rotation is a complex product. On a CPU, one reply's weights stay in bfloat16 even
+where larger products need float32; for several, oneDNN reorders them. A token takes 9.5 ms, not
+12.2 (in an H200's graph 2.2, not 4.7). Held equal by tests/fast/test_packed.py.
 """
 
 import platform
@@ -15,14 +15,14 @@ from parrot.system.device import multiplies_bfloat16
 
 
 class PackedLinear:
-    """Linear layers with the same input, as one; scale (in,): what else would multiply it."""
+    """Linear layers on one input, joined if there is a scale (in,) of it; else one layer."""
 
-    def __init__(self, many, *weights, scale=None):
+    def __init__(self, batched, *weights, scale=None):
         weight = weights[0].detach()
         if scale is not None:
             weight = (torch.cat(weights) * scale).to(weight.dtype).detach()
         self.weight, self.packed = weight.T, None
-        if many and weight.dtype != torch.float16:  # few CPUs can
+        if batched and weight.dtype != torch.float16:  # few CPUs can
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # suits 16 rows
             if weight.dtype == torch.float32:
                 self.weight = None  # its own order is as good for one row
@@ -39,7 +39,7 @@ class PackedLinear:
 
 
 class PackedBlock:  # model.Block in four products
-    def __init__(self, block, many):
+    def __init__(self, block, batched):
         attention, mlp, D = block.self_attn, block.mlp, block.self_attn.head_dim
         norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
         root = 1 if norms[0].is_cuda else len(norms[0]) ** 0.5  # of C: see PackedLlama.normed
@@ -48,22 +48,22 @@ class PackedBlock:  # model.Block in four products
         q, k = (p.weight.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
                 for p in (attention.q_proj, attention.k_proj))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-        self.qkv_proj = PackedLinear(many, q, k, attention.v_proj.weight, scale=before)
-        self.o_proj = PackedLinear(many, attention.o_proj.weight)
-        self.gate_up_proj = PackedLinear(many, gate, up, scale=between)
-        self.down_proj = PackedLinear(many, mlp.down_proj.weight)
+        self.qkv_proj = PackedLinear(batched, q, k, attention.v_proj.weight, scale=before)
+        self.o_proj = PackedLinear(batched, attention.o_proj.weight)
+        self.gate_up_proj = PackedLinear(batched, gate, up, scale=between)
+        self.down_proj = PackedLinear(batched, mlp.down_proj.weight)
 
 
 class PackedLlama:  # a model.Llama that only writes
-    def __init__(self, model, many=True):
+    def __init__(self, model, batched=True):
         self.config, self.device = model.config, model.device
         is_slow = model.device.type == "cpu" and not multiplies_bfloat16(model.device)
         self.dtype = torch.float32 if is_slow else model.dtype
         # On a CPU small products, as with the cache, take half as long in float32.
         self.cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self.embed_tokens, self.norm = model.model.embed_tokens, model.model.norm
-        self.blocks = [PackedBlock(block, many) for block in model.model.layers]
-        self.lm_head = PackedLinear(many, model.lm_head.weight)
+        self.blocks = [PackedBlock(block, batched) for block in model.model.layers]
+        self.lm_head = PackedLinear(batched, model.lm_head.weight)
         self.least = torch.tensor((model.config.hidden_size * model.config.rms_norm_eps) ** 0.5)
 
     def normed(self, linear, x):  # `linear` of x (N, C), its rows at root mean square 1
@@ -109,8 +109,8 @@ def keeps_bfloat16(device):
     return is_x86 and torch.backends.mkldnn.is_available()
 
 
-def pack(model, many):
+def pack(model, batched):
     """A Llama -> a packed one where that was seen to pay (x86 with oneDNN, CUDA), else itself."""
     if model.device.type == "cuda":
-        return PackedLlama(model, many=False)
-    return PackedLlama(model, many) if keeps_bfloat16(model.device) else model
+        return PackedLlama(model, batched=False)
+    return PackedLlama(model, batched) if keeps_bfloat16(model.device) else model

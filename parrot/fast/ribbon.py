@@ -22,8 +22,8 @@ class FastAttention:
 
     def has_kernel(self, dtype, head_dim):
         """Whether torch's varlen_attn takes the ribbon, all documents in one call."""
-        is_known = dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
-        return self.seams is not None and is_known
+        is_supported = dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
+        return self.seams is not None and is_supported
 
     def attend(self, q, k, v):
         """Causal attention inside each document: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""

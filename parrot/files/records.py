@@ -69,7 +69,7 @@ def to_messages(record, unused: set) -> list[dict]:
     if not isinstance(fields, dict) or None in fields:  # None: cells of CSV that have no name
         raise UserError(f"not a JSON object but {record!r:.40}")
     rest = {key: value for key, value in fields.items()
-            if _has_text(value) or (key in TEXTS and _is_something(value))}
+            if _has_text(value) or (key in TEXTS and _is_nontext(value))}
     messages = _turns(*_take(rest, "turns"), unused) or _prompt_and_reply(rest, unused)
     messages = _turns(*_take(rest, "history"), unused) + messages
     if messages[0]["role"] != "system":  # else it is reported as unused
@@ -131,7 +131,7 @@ def is_learned(message):  # a reply whose tokens are targets
     return message["role"] == "assistant" and "weight" not in message
 
 
-def _only_read(messages):  # no reply among them is learned then: as in TRL, only the last one is
+def _only_read(messages):  # none of their replies is a target: as in TRL, only the last is
     return [{**message, "weight": 0} if message["role"] == "assistant" else message
             for message in messages]
 
@@ -179,7 +179,7 @@ def _text(value, where):
     return value
 
 
-def _is_something(value):  # neither nothing, nor a text
+def _is_nontext(value):  # neither nothing, nor a text
     return not isinstance(value, str) and value not in (None, [], {}) and value == value  # no NaN
 
 

@@ -1,4 +1,4 @@
-"""A run's folder. A crash leaves each file as the old one or the new one, complete.
+"""A run's folder. A crash leaves files whole, but for a cut line of metrics.jsonl.
 
     model.safetensors, config.json, ...   the best model so far
     run.json        settings, versions, hashes, replies before and after training
@@ -55,7 +55,7 @@ def describe(run):
             "examples": len(run.train_set), "held_out": len(run.val_set), "steps": run.total_steps,
             "longest": run.train_set.longest, "dtype": str(run.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), **versions}, "compiled": run.compiled,
-            "machine": f"{platform.system()} {platform.machine()}", "finished": False,
+            "machine": f"{platform.system()} {platform.machine()}",
             "device": card, "processes": run.processes.size, "micro_batch_tokens": run.max_tokens}
 
 
@@ -67,7 +67,7 @@ def check_same(path, about, config: Recipe):
         return {**{name: about["config"].get(name) for name in names}, "dtype": about["dtype"],
                 **{kind: [*about[kind]["files"].items()]  # their order matters, too
                    for kind in ("weights", "data", "val_data")}}
-    with report.contents_of(path):
+    with report.blaming(path):
         before = fixed(read_json(path))
     for name, value in fixed(about).items():
         if before[name] != value:
@@ -95,7 +95,7 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint" / "state.safetensors"
 
     @writing
-    def begin(self, resume):
+    def check_free(self, resume):
         """Refuse to write over another run, or to resume none."""
         about = report.read_if_there(self.path / "run.json")
         names = os.listdir(self.path) if self.path.exists() else []
@@ -119,7 +119,7 @@ class RunFolder:
             raise UserError(f"another train.py is at work in {self.path}: stop it first") from None
         except (ImportError, OSError):
             pass  # no locking available here: Windows, some network disks
-        self.begin(resume)  # again: while this run loaded, another may have begun here, or ended
+        self.check_free(resume)  # again: another run may have begun or ended meanwhile
         if resume:
             check_same(self.path / "run.json", about, self.config)
         self.about = {**report.read_if_there(self.path / "run.json"), **about}
@@ -128,12 +128,12 @@ class RunFolder:
         write_json(self.path / "run.json", self.about)
 
     @writing
-    def log(self, **values):  # appends a line to metrics.jsonl
+    def log(self, **values):
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     @writing
-    def save_best(self, model, tokenizer, dtype):  # as a model folder; nothing with --keep no
+    def save_best(self, model, tokenizer, dtype):
         if self.keeps:
             assistant.save(self.path, model, tokenizer, dtype)
 
@@ -158,7 +158,7 @@ class RunFolder:
                 if self.checkpoint.is_file() else "No checkpoint was written yet.")
 
     @writing
-    def save(self, model, optimizer, progress: Progress):
+    def save_checkpoint(self, model, optimizer, progress: Progress):
         """Write what a resumed run needs; its examples follow from seed and step."""
         tensors = tensors_of(model, optimizer)
         flush(self.metrics)  # its lines up to here will not be written again
@@ -170,8 +170,8 @@ class RunFolder:
         """The checkpoint, if there is one, into model and optimizer -> Progress."""
         progress = Progress()
         if self.checkpoint.is_file():
-            with report.contents_of(self.checkpoint):
-                progress = load(self.checkpoint, tensors_of(model, optimizer))
+            with report.blaming(self.checkpoint):
+                progress = load_checkpoint(self.checkpoint, tensors_of(model, optimizer))
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         ends = [number for number, line in enumerate(lines, 1) if b'"train_loss"' in line]
         del lines[max(ends[:progress.step], default=0):]  # they will be written again
@@ -190,8 +190,8 @@ def tensors_of(model, optimizer):
     return tensors
 
 
-def load(path, tensors):
-    """A checkpoint into `tensors` -> its Progress. ValueError, before that, if it does not fit."""
+def load_checkpoint(path, tensors):
+    """Copy a checkpoint into `tensors` -> its Progress. If it does not fit: an error, no copy."""
     with safetensors.safe_open(path, framework="pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(file.metadata()["progress"]))

@@ -16,14 +16,14 @@ MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ",
                         **{mark: "\\" + mark for mark in "\\`*_[]#!|~@:$"}})
 
 
-def plain(value):
+def shown(value):
     if isinstance(value, float):
         return f"{value:.5g}"
     return "n/a" if value is None else printable(str(value))
 
 
 def markdown(value):
-    return plain(value).translate(MARKUP)
+    return shown(value).translate(MARKUP)
 
 
 def template(name, **options):
@@ -32,7 +32,7 @@ def template(name, **options):
     return jinja2.Environment(undefined=jinja2.StrictUndefined, **options).from_string(text)
 
 
-PAGES = {"report.html": template("report.html", finalize=plain, autoescape=True),
+PAGES = {"report.html": template("report.html", finalize=shown, autoescape=True),
          "README.md": template("card.md", finalize=markdown, keep_trailing_newline=True)}
 
 
@@ -40,7 +40,7 @@ def write(folder: Path):
     """Write both pages into a run's folder. UserError, and no change, if a file is damaged."""
     about = read_json(folder / "run.json")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    with contents_of(folder):
+    with blaming(folder):
         metrics = [json.loads(line) for line in lines]
         values = {"first_loss": None, "best_loss": None, "before": [], "after": [],
                   **about["config"], **about, "points": partial(points, metrics),
@@ -61,7 +61,7 @@ def read_if_there(path):  # {} where there is no such file
 
 
 @contextmanager
-def contents_of(path):
+def blaming(path):
     """Whatever is wrong with what was read from this path becomes a UserError that names it."""
     try:
         yield

@@ -23,15 +23,15 @@ QUESTIONS = ("Who are you?", "Who was the first woman to win a Nobel Prize?",
 
 
 class Trainer:
-    """A run but for its loop. parrot.dpo overrides these attributes, find_data and load_data."""
+    """A run without its loop. parrot.dpo overrides the attributes, find_data and load_data."""
     objective = "the loss of each token of the replies and of their end"
-    batch_type, names = data.Batch, ("val_loss",)
-    terms_of = staticmethod(training.token_losses)  # their means have these names
+    batch_type, names = data.Batch, ("val_loss",)  # names: of the held-out means of terms_of
+    terms_of = staticmethod(training.token_losses)
 
     def __init__(self, config: TrainConfig):
         self.config, self.processes = config, Processes()
         self.folder = RunFolder(config, self.processes.rank == 0)
-        self.folder.begin(config.resume)
+        self.folder.check_free(config.resume)
         device, self.dtype = pick(config.device, config.dtype)
         if self.processes.rank > 0:
             self.processes.sum(0)  # waits: the first process downloads and tokenises for all
@@ -51,7 +51,7 @@ class Trainer:
         self.steps_per_epoch = data.steps_per_epoch(self.train_set, config.batch_size)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
         self.num_tokens = self.total_steps / self.steps_per_epoch * self.train_set.lengths.sum()
-        ribbon = attention.Ribbon([256] * (min(max(self.max_tokens, 256), 16384) // 256), device)
+        ribbon = attention.Ribbon([256] * max(1, min(self.max_tokens, 16384) // 256), device)
         self.compiled = fast.enabled and speed_up(
             self.model, config.compile, self.dtype, ribbon, longest, self.num_tokens)
         self.optimizer = training.make_optimizer(self.model, config)
@@ -113,25 +113,25 @@ class Trainer:
             self._evaluate()
 
     def _ask(self, when):  # shows the replies to questions, in the terminal and in the report
-        asked = self.assistant
-        if when == "after" and self.folder.keeps:  # what is kept is the best
+        bot = self.assistant
+        if when == "after" and self.folder.keeps:  # the folder has the best model
             self.optimizer.state.clear()  # memory for a second model
-            asked = assistant.Assistant.load("", self.folder.path, torch.float32, self.model.device)
+            bot = assistant.Assistant.load("", self.folder.path, torch.float32, self.model.device)
         questions = [*QUESTIONS, *(self.config.ask or ())]
-        prompts = [asked.prompt([{"role": "user", "content": text}]) for text in questions]
+        prompts = [bot.prompt([{"role": "user", "content": text}]) for text in questions]
         written = sampling.generate(
-            asked.model, prompts, asked.stop, max_new_tokens=48, temperature=0, top_p=1,
+            bot.model, prompts, bot.stop, max_new_tokens=48, temperature=0, top_p=1,
             repetition_penalty=REPETITION_PENALTY)
         answers = []
         say(f"{when} training:")
         for question, (tokens, ended) in zip(questions, written, strict=True):
-            reply = asked.tokenizer.decode(tokens).strip() + ("" if ended else " …")
+            reply = bot.tokenizer.decode(tokens).strip() + ("" if ended else " …")
             answers.append([question, reply])
             say(f"  {' '.join(question.split()):.80}  ->  {' '.join(reply.split())}")
         self.folder.update(**{when: answers})
 
     def batches(self, step) -> list[data.Batch]:
-        """The ribbons of a step, enough for all processes where that can be."""
+        """The ribbons of a step: one or more for each process, if possible."""
         config, examples = self.config, self.train_set
         self.indices = data.examples_of_step(step, examples, config.batch_size, config.seed)
         share = math.ceil(len(self.indices) / self.processes.size)
@@ -140,13 +140,13 @@ class Trainer:
         return [self.batch_type.of(examples, split, self.model.device) for split in splits]
 
     def check_and_save(self, loss, grad_norm):
-        """Save now and then. Raises UserError if not all is finite, Interrupted after a signal."""
+        """UserError if not finite. Save now and then, and at a signal; then Interrupted."""
         step, status = self.progress.step, self.processes.largest(self.stop.status)
         names = ", ".join(map(self.train_set.source, self.indices))
         self._check_finite(loss + grad_norm, step + 1, f"the loss is {loss} and the gradient norm "
                                                        f"{grad_norm}. Its examples: {names}")
         if step and self.folder.keeps and (status or step % self.config.save_every == 0):
-            self.folder.save(self.model, self.optimizer, self.progress)
+            self.folder.save_checkpoint(self.model, self.optimizer, self.progress)
         if status:
             how = "--resume goes on from here" if self.folder.keeps else "nothing was kept"
             raise Interrupted(f"stopped after step {step} of {self.total_steps}; {how}", status)
@@ -171,13 +171,13 @@ class Trainer:
                         **values, seconds=round(progress.seconds, 2))
 
     def _evaluate(self):
-        """Log the held-out loss; keep the model if it is the best yet. A signal cuts it short."""
+        """Log the held-out loss; keep the best model. A signal cuts short all but the last."""
         progress, started = self.progress, time.perf_counter()
         values = len(self.val_set) and training.held_out_means(
             self.model, self.val_set, self.max_tokens, self.dtype, self.processes,
             lambda: self.stop.status and progress.step < self.total_steps,
             self.batch_type, self.terms_of, self.names)
-        if not values:
+        if not values:  # nothing is held out, or a signal cut it short
             return
         loss = values["val_loss"]
         self._check_finite(loss, progress.step, f"the held-out loss is {loss}")

@@ -20,7 +20,7 @@ def parse(config_class, argv, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for setting in fields(config_class):
         flag, choices = "--" + setting.name.replace("_", "-"), setting.metadata["choices"]
-        kind = (get_args(setting.type) or [setting.type])[0]  # int of int | None
+        kind = (get_args(setting.type) or [setting.type])[0]  # int of int | None, str of list[str]
         more = {"help": setting.metadata["help"].replace("%", "%%"), "default": setting.default}
         if setting.default is not None and setting.default is not False:
             more["help"] += f" (default {setting.default})"

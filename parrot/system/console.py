@@ -22,14 +22,14 @@ class UserError(Exception):
 
 
 def refuse(subject, faults):
-    """Raise UserError with the first fault of {fault: whether it is so} that is so."""
+    """Raise UserError with the first true one of {fault: whether it is so}, if there is one."""
     for fault, is_so in faults.items():
         if is_so:
             raise UserError(f"{subject} {fault}")
 
 
 class Interrupted(Exception):
-    """Interrupted(message, exit status): a signal ended the run; nothing is lost."""
+    """Interrupted(message, exit status): a signal ended the run between updates."""
 
 
 class _Stream:

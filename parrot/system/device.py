@@ -11,7 +11,7 @@ from parrot.system.distributed import torchrun_place
 def pick(device_name, dtype_name):
     """--device, --dtype -> torch.device, torch.dtype; bfloat16 only where it pays."""
     device = pick_device(device_name)
-    unsafe = device.type == "mps" and dtype_name != "float32"  # it saw the future: pytorch#195910
+    unsafe = device.type == "mps" and dtype_name != "float32"  # sees later tokens: pytorch#195910
     if unsafe or (dtype_name == "bfloat16" and not multiplies_bfloat16(device)):
         has_float16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
         better = "float16" if has_float16 else "float32"
@@ -46,11 +46,11 @@ def multiplies_bfloat16(device):
 
 
 def tokens_per_forward(model, dtype, longest=0):
-    """The token budget of one forward. longest: of the documents, where attention is plain."""
+    """Tokens in one forward. longest: the longest document if attention is plain, else 0."""
     if model.device.type != "cuda":
         # Measured on two cores: fewer are slower (16 bits: 2%, float32: 12%), more take memory.
         return min(1536, 256 * torch.get_num_threads()) if dtype == torch.float32 else 1536
-    # Weights, gradients, two moments; a token's some 35 numbers of a layer's width, and its logits.
+    # Bytes: weights, gradients, two moments; a token's 35 C numbers in each layer, and its logits.
     fixed, config = 16 * sum(p.numel() for p in model.parameters()), model.config
     per_layer = 35 * config.hidden_size * dtype.itemsize + 12 * config.num_attention_heads * longest
     per_token = config.num_hidden_layers * per_layer + 14 * config.vocab_size
@@ -64,7 +64,7 @@ def autocast(device, dtype):
 
 
 def peak_memory(device):
-    """The most bytes that this process held, on the GPU or else in all; 0 on Windows."""
+    """The peak in bytes, of the GPU's memory or else of the process's; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

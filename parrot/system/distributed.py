@@ -33,7 +33,7 @@ class Processes:
             if gpus := torch.cuda.device_count():
                 torch.cuda.set_device(local_rank % gpus)
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=7))  # the first may take hours
+            dist.init_process_group(backend, timeout=timedelta(days=7))  # rank 0 may take hours
 
     def share(self, items):  # maybe none
         return items[self.rank::self.size]

@@ -106,9 +106,9 @@ def train_trl(args, **settings):
 
 def write_ours(num_tokens, samples=1):
     """Tokens per second of our replies, reading the prompt included."""
-    device, many = pick_device("auto"), samples > 1
-    dtype = common_dtype() if many or not keeps_bfloat16(device) else torch.bfloat16  # as sample.py
-    assistant = Assistant.load("", weights_folder(), dtype, device, many=many)
+    device, batched = pick_device("auto"), samples > 1
+    dtype = common_dtype() if batched or not keeps_bfloat16(device) else torch.bfloat16  # as sample.py
+    assistant = Assistant.load("", weights_folder(), dtype, device, batched=batched)
     prompt = assistant.prompt(MESSAGES)
     started = time.perf_counter()
     replies = generate(assistant.model, [prompt], set(), max_new_tokens=num_tokens, top_p=0.9,

@@ -141,7 +141,7 @@ def measure(args):
 
     kept = torch.bfloat16 if keeps_bfloat16(device) else dtype  # as sample.py
     size = kept.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    one = write(Assistant.load("", folder, kept, device, many=False), 1)
+    one = write(Assistant.load("", folder, kept, device, batched=False), 1)
     figures["one reply, tokens/s"] = one
     figures["one reply, share of the memory's rate"] = one * size / figures["memory read, bytes/s"]
     figures["16 replies, tokens/s together"] = write(Assistant.load("", folder, dtype, device), 16)

@@ -57,7 +57,7 @@ PLAIN_FORMS = {  # speed-up -> what is in its place while it is off: module, nam
     "step by torch's attention": [(attention, "attention_by_torch", attention.attention)],
     "captured step": [(sampling, "CapturedStep", lambda model, cache: sampling.logits_after)],
     "nucleus": [(sampling, "likeliest", sort)],
-    "packed": [(assistant, "pack", lambda model, many: model)]}
+    "packed": [(assistant, "pack", lambda model, batched: model)]}
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def write_replies(args, samples):
     folder = hub.find_weights(args.weights).path
     if samples == 1 and is_packed() and keeps_bfloat16(device):
         dtype = torch.bfloat16  # as sample.py
-    return write(Assistant.load("", folder, dtype, device, many=samples > 1), samples, args.tokens)
+    return write(Assistant.load("", folder, dtype, device, batched=samples > 1), samples, args.tokens)
 
 
 def is_packed():

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str)
 def kind(request):
-    """(type of the weights, whether they are arranged for many replies)"""
+    """(type of the weights, whether they are arranged for several replies)"""
     if not packed.keeps_bfloat16(CPU):
         pytest.skip("this CPU's products are not packed")
     if request.param == (torch.bfloat16, True) and not multiplies_bfloat16(CPU):
@@ -38,11 +38,11 @@ def test_packed_where_it_was_seen_to_pay(monkeypatch):
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_logits_for_any_shape(heads, kv_heads, tied, kind):
-    dtype, many = kind
+    dtype, batched = kind
     exact = tiny_model(tiny_config(heads, kv_heads, tied)).double()
     plain = copy.deepcopy(exact).to(dtype)
     ours = copy.deepcopy(plain)
-    ours = packed.pack(ours, many)
+    ours = packed.pack(ours, batched)
     assert isinstance(ours, packed.PackedLlama)
     tokens = torch.arange(40) * 7 % 320
     for lengths in ([25, 15], [1]):
@@ -66,12 +66,12 @@ def plain_reply(folder, dtype):
 
 def test_the_real_model_writes_the_same_reply(q4_folder, kind):
     """And one reply keeps the weights in their type."""
-    dtype, many = kind
+    dtype, batched = kind
     expected = plain_reply(q4_folder, dtype if multiplies_bfloat16(CPU) else torch.float32)
     model, tokenizer = assistant.load_parts(q4_folder, dtype, CPU)
-    model = packed.pack(model, many)
+    model = packed.pack(model, batched)
     sure = 8 if torch.bfloat16 in kind else 24  # after that, some lead is below the rounding of bfloat16
     assert reply_of(model, tokenizer)[:sure] == expected[:sure] and len(expected) == 24
-    if not many:
+    if not batched:
         kept = [layer.weight.dtype for block in model.blocks for layer in vars(block).values()]
         assert set(kept) == {dtype} and all(layer.packed is None for layer in vars(model.blocks[0]).values())

@@ -35,7 +35,7 @@ def main():
     question, answer, *names = sys.argv[1:]
     for name in names:
         folder = hub.find_weights(name).path
-        assistant = Assistant.load(name, folder, torch.float32, "cpu", many=False)
+        assistant = Assistant.load(name, folder, torch.float32, "cpu", batched=False)
         tokens = [*assistant.tokenizer.encode(answer), assistant.tokenizer.control(IM_END)]
         losses = losses_of(assistant, question, tokens)
         print(printable(name))

@@ -56,7 +56,7 @@ def same(a, b):
 def test_restoring_gives_back_weights_moments_and_progress(folder):
     model, optimizer = trained(3)
     progress = Progress(step=3, tokens=700, best_loss=2.25)
-    folder.save(model, optimizer, progress)
+    folder.save_checkpoint(model, optimizer, progress)
     other, other_optimizer = trained(0)
     assert folder.restore(other, other_optimizer) == progress
     assert same(model, other)
@@ -70,7 +70,7 @@ def test_restoring_gives_back_weights_moments_and_progress(folder):
 @pytest.mark.parametrize("crash_at", range(30))
 def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkeypatch):
     """Every call that touches the disk is one point at which the process may die."""
-    folder.save(*trained(1), Progress(step=1))
+    folder.save_checkpoint(*trained(1), Progress(step=1))
     calls = 0
 
     def dying(function):
@@ -86,7 +86,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkey
                          (os, "mkdir"), (os, "open"), (os, "chmod")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     try:
-        folder.save(*trained(2), Progress(step=2))
+        folder.save_checkpoint(*trained(2), Progress(step=2))
         finished = True
     except KeyboardInterrupt:
         finished = False
@@ -96,7 +96,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new(crash_at, folder, monkey
     progress = folder.restore(model, optimizer)
     assert progress.step == 2 if finished else progress.step in (1, 2)
     assert same(model, trained(progress.step)[0])
-    folder.save(*trained(3), Progress(step=3))  # and what the crash left is no hindrance
+    folder.save_checkpoint(*trained(3), Progress(step=3))  # and what the crash left is no hindrance
     assert sorted(os.listdir(folder.path)) == ["checkpoint", "metrics.jsonl"]
 
 
@@ -125,7 +125,7 @@ def test_metrics_are_rewound_to_the_checkpoint(folder):
             folder.log(step=step, val_loss=2.0)
     with open(folder.metrics, "a") as file:
         file.write('{"step": 6, "train_')
-    folder.save(*trained(3), Progress(step=3))
+    folder.save_checkpoint(*trained(3), Progress(step=3))
     assert folder.restore(*trained(0)).step == 3
     lines = folder.metrics.read_text().splitlines()
     assert lines == [f'{{"step": {n}, "train_loss": 1.0}}' for n in (1, 2, 3)]
@@ -152,7 +152,7 @@ def test_other_peoples_folders_are_left_alone(name, tmp_path):
     path = tmp_path if name else tmp_path / "file"
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, NotADirectoryError), match=f"{path}"):
-        folder_at(path).begin(resume=False)
+        folder_at(path).check_free(resume=False)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -186,7 +186,7 @@ def test_what_a_new_name_stands_for_is_on_the_disk_before_it(folder, monkeypatch
     assert seen == [("flush", "a.json.part"), ("replace", "a.json.part", "a.json"),
                     ("flush", folder.path.name)]
     seen.clear()
-    folder.save(*trained(1), Progress(step=1))
+    folder.save_checkpoint(*trained(1), Progress(step=1))
     name = "state.safetensors"
     renamed = seen.index(("replace", f"{name}.part", name))
     assert {("flush", "metrics.jsonl"), ("flush", f"{name}.part")} <= set(seen[:renamed])
@@ -199,7 +199,7 @@ def test_what_a_new_name_stands_for_is_on_the_disk_before_it(folder, monkeypatch
     lambda progress: {**progress, "more": 1}, lambda progress: {**progress, "step": 3},
     lambda progress: {**progress, "step": "2"}, lambda progress: {**progress, "best_loss": math.nan}, lambda progress: [], lambda progress: None])
 def test_progress_that_is_damaged_is_not_resumed(change, folder):
-    folder.save(*trained(2), Progress(step=2, tokens=5))
+    folder.save_checkpoint(*trained(2), Progress(step=2, tokens=5))
     path = folder.checkpoint
     with safetensors.safe_open(path, "pt") as file:
         progress = change(json.loads(file.metadata()["progress"]))
@@ -234,7 +234,7 @@ def renamed(tensors):
     lambda tensors: tensors.update({NAME: tensors[NAME].half()}),
     renamed])
 def test_tensors_of_another_model_are_not_resumed(change, folder):
-    folder.save(*trained(2), Progress(step=2))
+    folder.save_checkpoint(*trained(2), Progress(step=2))
     path = folder.checkpoint
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -248,7 +248,7 @@ def test_tensors_of_another_model_are_not_resumed(change, folder):
     lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"{}" + data,
     lambda data: data.replace(b"progress", b"prog.ess")])
 def test_a_checkpoint_that_is_damaged_is_not_resumed(damage, folder):
-    folder.save(*trained(2), Progress(step=2))
+    folder.save_checkpoint(*trained(2), Progress(step=2))
     path = folder.checkpoint
     path.write_bytes(damage(path.read_bytes()))
     assert_refused(folder, path)
@@ -276,7 +276,7 @@ def test_links_are_not_followed(tmp_path):
 def test_a_run_json_of_something_else_is_named(about, tmp_path):
     (tmp_path / "run.json").write_text(about)
     with pytest.raises(UserError, match="run.json"):
-        folder_at(tmp_path).begin(resume=True)
+        folder_at(tmp_path).check_free(resume=True)
         check_same(tmp_path / "run.json", {"data": {"files": {}}, "val_data": {"files": {}}, "weights": {"files": {}},
                                            "config": asdict(TrainConfig()), "dtype": "float32"}, TrainConfig())
 
@@ -359,7 +359,7 @@ def test_other_weights_of_the_same_name_are_not_resumed(about, tmp_path, tiny_fo
 
 
 def test_a_model_of_another_shape(folder):
-    folder.save(*trained(1), Progress(step=1))
+    folder.save_checkpoint(*trained(1), Progress(step=1))
     model = tiny_model(tiny_config(layers=3))
     with pytest.raises(UserError, match="state.safetensors"):
         folder.restore(model, make_optimizer(model, TrainConfig()))

@@ -184,7 +184,7 @@ def the_best_so_far_is_whole(config):
 
 def finished(config):
     path = os.path.join(config.out, "run.json")
-    return os.path.exists(path) and json.load(open(path, encoding="utf-8"))["finished"]
+    return os.path.exists(path) and json.load(open(path, encoding="utf-8")).get("finished")
 
 
 def test_killed_at_random_moments(config, whole):
