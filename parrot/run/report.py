@@ -43,7 +43,7 @@ def write(folder: Path):
     with blaming(folder):
         metrics = [json.loads(line) for line in lines]
         values = {"first_loss": None, "best_loss": None, "before": [], "after": [],
-                  **about["config"], **about, "points": partial(points, metrics),
+                  **about["config"], **about, "points": partial(points, metrics), "zip": zip,
                   "run_json": json.dumps(about, indent=2, ensure_ascii=False)}
         texts = {name: page.render(values) for name, page in PAGES.items()}
     for name, text in texts.items():

@@ -94,7 +94,7 @@ class Trainer:
         about = describe(self)
         files = [about[kind]["files"] for kind in self.sources]
         settings = {**about["config"], "out": "", "device": ""}
-        self.processes.check_same("settings and files", [settings, files])
+        self.processes.check_same("settings or files", [settings, files])
         self.folder.open(about, self.config.resume)
         progress = self.folder.restore(self.model, self.optimizer)  # in the first process
         tensors = tensors_of(self.model, self.optimizer).values()
@@ -181,12 +181,12 @@ class Trainer:
             return
         loss = values["val_loss"]
         self._check_finite(loss, progress.step, f"the held-out loss is {loss}")
+        self._log(started, **values)
         if progress.step == 0:
             progress.first_loss = loss
         elif progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss = loss
             self.folder.save_best(self.model, self.tokenizer, self.saved_dtype)
-        self._log(started, **values)
         self.folder.update(first_loss=progress.first_loss, best_loss=progress.best_loss)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.bar.clear()

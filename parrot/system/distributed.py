@@ -76,5 +76,5 @@ class Processes:
             if self.size > 1:
                 function(message, *args, **kwargs)
         except RuntimeError as error:
-            raise UserError(f"another process of this run has ended ({error!s:.100})") from None
+            raise UserError(f"another process of this run has ended ({error!s:.200})") from None
         return message
