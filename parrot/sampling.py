@@ -39,7 +39,7 @@ def nucleus(logits, temperature, top_p):
 def penalize(logits, written, penalty):
     """Lower the logits (B, V) of the ids that a reply already contains: `written` (B, t).
 
-    Or a repeated phrase becomes the likeliest continuation, and replies loop (arXiv:1909.05858).
+    Otherwise a repeated phrase becomes the most likely, and replies loop (arXiv:1909.05858).
 
     >>> penalize(torch.tensor([[4.0, -1.0, 3.0]]), torch.tensor([[0, 1, 0]]), 2.0)
     tensor([[ 2., -2.,  3.]])
