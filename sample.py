@@ -25,7 +25,7 @@ from parrot.system.console import UserError, printable, refuse, run_program, say
 from parrot.system.device import pick
 
 
-def main():
+def main():  # one prompt, several models side by side, or a chat
     config = parse(SampleConfig, sys.argv[1:], __doc__.splitlines()[0])
     fast.enabled = not config.plain
     question = [{"role": "user", "content": config.prompt}]

@@ -70,7 +70,7 @@ def run_program(main):
     except (Interrupted, KeyboardInterrupt) as error:
         line, status = error.args or ("interrupted", 130)
     except (UserError, OSError) as error:  # OSError: of a disk, a folder or a pipe
-        line, status = f"error: {error}", 1
+        line, status = re.sub(r"\[\w+ \d+\] ", "", f"error: {error}"), 1  # [Errno 28] helps nobody
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, f"{type(error)} {error}"):
             raise  # a bug

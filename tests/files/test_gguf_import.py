@@ -66,8 +66,17 @@ def test_the_weights_are_those_that_transformers_reads(two_blocks, imported):
         assert torch.equal(ours[name], tensor.bfloat16().float()), name
 
 
-def test_every_block_is_imported_alike(imported, q4_folder):
-    """The whole file's tensors are those of its two blocks, and of 28 more."""
+@pytest.mark.long
+def test_all_weights_are_those_that_transformers_reads(gguf_file, q4_folder):
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name,
+                                                  dtype=torch.float32)
+    ours = Llama.load(q4_folder).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours[name], tensor.bfloat16().float()), name
+
+
+def test_the_whole_file_begins_with_these_blocks(imported, q4_folder):
+    """Its tensors are those of the two, and of 28 more."""
     short, whole = Llama.load(imported).state_dict(), Llama.load(q4_folder).state_dict()
     assert len(whole) - len(short) == 28 * 9
     assert all(torch.equal(whole[name], tensor) for name, tensor in short.items())
